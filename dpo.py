@@ -54,6 +54,20 @@ def response_logps(logits, tokens, response_mask, average=False):
     return logps.sum(-1) / mask.sum(-1).clamp(min=1) if average else logps.sum(-1)                    # (B,)
 
 
+def sequence_logps(policy, tokens, response_mask):
+    """`response_logps(policy(tokens), tokens, response_mask)`, cheaper: the head runs only where a response token is predicted.
+
+    policy: a model with hidden(tokens) -> (B,T,C) and head: (N,C) -> (N,V), as model.GPT. For GPT-2's 50,257 tokens the
+    logits are by far the largest tensor of a step, and most of them belong to prompts and padding. Returns (B,).
+    """
+    mask = response_mask[:, 1:].bool()                                                                # (B, T-1)
+    logits = policy.head(policy.hidden(tokens)[:, :-1][mask])                                         # (N, V)
+    logps = -F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), tokens[:, 1:][mask],
+                             reduction="none")                                                        # (N,)
+    row = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(mask)[mask]              # (N,), whose token it is
+    return torch.zeros(len(tokens), dtype=logps.dtype, device=logps.device).index_add(0, row, logps)  # (B,)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # The loss
 
@@ -135,11 +149,14 @@ def gradient_weight(chosen_rewards, rejected_rewards):
 def pair_logps(policy, batch):
     """log pi(y_w|x) and log pi(y_l|x) of a batch of pairs, each (B,).
 
-    policy: maps tokens (2B,T) to logits (2B,T,V). batch: a dict with tokens and response_mask, both (2B,T), the B chosen
-    sequences first and then the B rejected ones. One forward pass for both: two would take twice the time, and with
-    dropout on would draw different masks.
+    policy: a model.GPT, or any module that maps tokens (2B,T) to logits (2B,T,V). batch: a dict with tokens and
+    response_mask, both (2B,T), the B chosen sequences first and then the B rejected ones: one forward pass for both.
     """
-    logps = response_logps(policy(batch["tokens"]), batch["tokens"], batch["response_mask"])          # (2B,)
+    tokens, mask = batch["tokens"], batch["response_mask"]
+    if hasattr(policy, "hidden"):
+        logps = sequence_logps(policy, tokens, mask)                                                  # (2B,)
+    else:
+        logps = response_logps(policy(tokens), tokens, mask)                                          # (2B,)
     chosen, rejected = logps.chunk(2)                                                                 # (B,), (B,)
     return chosen, rejected
 

@@ -13,10 +13,11 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import data
 import world
-from dpo import dpo_loss, pair_logps, response_logps
+from dpo import dpo_loss, pair_logps
 from model import load_model
 
 # Okabe and Ito's colours, told apart by colour-blind readers and in grey; the same colour for the same thing everywhere
@@ -75,12 +76,13 @@ def optimum(ref_logps, beta, at_beta):
 
 
 def captured(row, ref_logps):
-    """(row, the optimum at the row's KL, the share of its gain over the reference that the row reaches)."""
+    """(beta, reward) of the optimum at the row's KL, and the share of its gain over the reference that the row reaches (nan
+    for a policy that has not left the reference)."""
     r, ref = held_out_rewards(), world.normalise(ref_logps)
     start = world.expected(ref, r).mean().item()
     beta = world.beta_at_kl(ref, r, row["kl"])
     best = world.expected(world.optimal_policy(ref, r, beta), r).mean().item()
-    return beta, best, (row["reward"] - start) / (best - start)
+    return beta, best, (row["reward"] - start) / (best - start) if best > start + 1e-9 else math.nan
 
 
 def toy_summary(models, beta):
@@ -150,27 +152,29 @@ def held_out_metrics(policy, reference, examples, loss_args, batch_size, device)
         for name, value in zip(columns, (losses, ((chosen > rejected) + 0.5 * (chosen == rejected)), chosen, rejected,
                                          chosen - rejected)):
             columns[name].append(value.float().cpu())
-    out = {}
-    for name, values in columns.items():
-        values = torch.cat(values)
-        out[name] = (values.mean().item(), values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan)
-    return out
+    return {name: mean_and_se(torch.cat(values)) for name, values in columns.items()}
 
 
 @torch.no_grad()
 def sampled_metrics(policy, reference, prompts, tokenizer, max_new_tokens, device):
-    """From one sample a prompt: KL(policy || reference) in nats a response, estimated by the mean of log pi - log ref,
-    tokens a response, and the share that ended in EOS. {name: (mean, se)}"""
-    kls, lengths, ended = [], [], []
-    for i in range(0, len(prompts), 16):
+    """From one sample a prompt: KL(policy || reference) in nats a response, tokens a response, and the share that ended in
+    EOS. {name: (mean, se)}. The KL is unbiased and never negative: at every token of a sample, the KL between the two
+    distributions over the next token is summed exactly, and the sums are averaged over samples."""
+    columns = {"kl": [], "tokens": [], "ended": []}
+    for i in tqdm(range(0, len(prompts), 16), desc="sample", unit="batch", dynamic_ncols=True):
         ids = [tokenizer.encode_ordinary(x) for x in prompts[i:i + 16]]
         responses = policy.generate(ids, max_new_tokens, eos_id=tokenizer.eot_token)
         tokens, mask = (t.to(device) for t in data.pad(ids, responses))
-        kls += (response_logps(policy(tokens), tokens, mask) - response_logps(reference(tokens), tokens, mask)).tolist()
-        lengths += [float(len(r)) for r in responses]
-        ended += [float(r[-1] == tokenizer.eot_token) for r in responses]
-    stat = lambda v: (sum(v) / len(v), torch.tensor(v).std().item() / math.sqrt(len(v)) if len(v) > 1 else math.nan)
-    return {"kl": stat(kls), "tokens": stat(lengths), "ended": stat(ended)}
+        p, q = (torch.log_softmax(m(tokens)[:, :-1].float(), -1) for m in (policy, reference))        # (B, T-1, V)
+        columns["kl"] += ((p.exp() * (p - q)).sum(-1) * mask[:, 1:]).sum(-1).tolist()
+        columns["tokens"] += [float(len(r)) for r in responses]
+        columns["ended"] += [float(r[-1] == tokenizer.eot_token) for r in responses]
+    return {name: mean_and_se(torch.tensor(values)) for name, values in columns.items()}
+
+
+def mean_and_se(values):
+    """Mean and standard error of a 1-D tensor; the error of a single value is unknown, nan."""
+    return values.mean().item(), values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def data_table(s):
@@ -281,7 +285,7 @@ def plot_curves(records, path, ceiling=None):
     for ax in axes.flat:
         ax.set_xlabel("step")
         if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize=7)
+            ax.legend(fontsize=7, frameon=True, framealpha=0.85, edgecolor="none")
     save_figure(fig, path)
     plt.close(fig)
 
@@ -376,6 +380,7 @@ def report(out_dir, device="cpu"):
         prompts = prompts[:3]
         print("\n" + data_table(summary))
         figures = "curves.png"
+    summary["flags"] = flags
     plot_curves(records, out_dir / "curves.png", summary.get("label_ceiling"))
     for prompt in prompts:
         show_answers(models, tokenizer, prompt, n=3 if flags["data"] is None else 1)

@@ -197,7 +197,12 @@ class GPT(nn.Module):
         model = cls(GPTConfig(block_size=hf["n_positions"], vocab_size=hf["vocab_size"], n_layer=hf["n_layer"],
                               n_head=hf["n_head"], n_embd=hf["n_embd"], dropout=dropout, bias=True))
         weights = {name.removeprefix("transformer."): w for name, w in load_file(folder / "model.safetensors").items()}
-        for name, p in model.named_parameters():         # named_parameters lists the tied head once, as wte.weight
+        known = dict(model.named_parameters())           # lists the tied head once, as wte.weight
+        masks = (".attn.bias", ".attn.masked_bias")      # GPT-2's files hold its causal masks, and some the tied head
+        unknown = [name for name in weights if name not in known and name != "lm_head.weight" and not name.endswith(masks)]
+        if unknown:
+            raise ValueError(f"{folder}: model.safetensors holds {unknown[0]}, for which config.json has no place")
+        for name, p in known.items():
             if name not in weights:
                 raise ValueError(f"{folder}: model.safetensors lacks the tensor {name}")
             w = weights[name]

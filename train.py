@@ -28,7 +28,7 @@ from tqdm import tqdm
 import data
 import evaluate
 import world
-from dpo import dpo_loss, missing_mass, pair_logps, response_logps
+from dpo import dpo_loss, missing_mass, pair_logps, sequence_logps
 from model import GPT, GPTConfig, atomic_save, load_model, save_model
 
 SAVE_EVERY = 200             # steps between savings of what --resume continues from
@@ -37,11 +37,11 @@ LOG_EVERY = 10               # steps that one line of metrics.jsonl averages ove
 # --------------------------------------------------------------------------------------------------------------------
 # Flags
 
-TOY = {"tokenizer": "toy", "sft_epochs": 1, "sft_lr": 4e-3, "epochs": 2, "batch_size": 96, "lr": 3e-3, "beta": 1.0,
+TOY = {"tokenizer": "toy", "sft_epochs": 1, "sft_lr": 4e-3, "epochs": 2, "batch_size": 64, "lr": 1.5e-3, "beta": 1.0,
        "norm_weight": 0.15, "n_layer": 1, "n_embd": 64}
 OWN = {"tokenizer": "toy", "sft_epochs": 5, "sft_lr": 2e-3, "epochs": 3, "batch_size": 16, "lr": 5e-4, "beta": 0.1,
        "norm_weight": 0.0, "n_layer": 2, "n_embd": 64}
-SFT_TEXTS, SFT_BATCH = 40_000, 32       # the toy corpus
+SFT_TEXTS, SFT_BATCH = 48_000, 32       # the toy corpus
 
 
 def parse_args(argv=None):
@@ -63,7 +63,7 @@ def parse_args(argv=None):
     p.add_argument("--sft-epochs", type=int, help="passes over the SFT texts: more fit them better, too many learn them by heart "
                    + both("sft_epochs"))
     p.add_argument("--sft-lr", type=float, help="peak learning rate of SFT: larger learns faster, too large diverges " + both("sft_lr"))
-    p.add_argument("--pairs", type=int, default=48_000, help="toy preference pairs: more labels, less of their noise is learned "
+    p.add_argument("--pairs", type=int, default=40_000, help="toy preference pairs: more labels, less of their noise is learned "
                    "(default: %(default)s)")
     p.add_argument("--annotator", choices=list(world.ANNOTATORS), default="human", help="who labels the toy pairs (default: human)")
     p.add_argument("--beta", type=float, help="the leash: larger keeps the policy closer to the reference, smaller KL " + both("beta"))
@@ -235,7 +235,7 @@ def train_sft(model, texts, args, log):
         tokens, mask = (t.to(device) for t in data.pad([texts[i][0] for i in indices], [texts[i][1] for i in indices]))
         # The mean over texts of a text's sum. A mean over tokens would weigh the texts of a batch of short ones more
         # than those of a batch of long ones, and the reference would come out terser than its corpus.
-        loss = -response_logps(model(tokens), tokens, mask).mean()
+        loss = -sequence_logps(model, tokens, mask).mean()
         return loss, {"loss": loss}
 
     model.train()
@@ -291,9 +291,9 @@ def train_dpo(stage, policy, examples, ref_logps, args, log, norm_weight, nll_we
 
 
 def toy_path(stage, policy, ref_logps, beta, log):
-    """An at_step for `fit`: ten exact measurements of the policy on its way, for the figures."""
+    """An at_step for `fit`: eight exact measurements of the policy on its way, for the figures."""
     def at_step(step, total):
-        if step in {round(total * share) for share in (0, .01, .03, .06, .1, .2, .35, .6, .8, 1)}:
+        if step in {round(total * share) for share in (0, .01, .03, .07, .15, .3, .6, 1)}:
             row = evaluate.measure(evaluate.exact_logps(policy, world.prompts()[1]), ref_logps, beta)
             log.write(stage=stage, step=step, **row)
     return at_step

@@ -1,0 +1,105 @@
+"""The README is executed or compared: commands, flags, files and figures cannot drift."""
+import json
+import math
+import re
+import shlex
+
+import pytest
+
+import train
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = json.loads((ROOT / "docs" / "results.json").read_text(encoding="utf-8"))
+
+
+def mean_se(values, percent=False, digits=3):
+    """ "1.964 ± 0.010", the mean and standard error over seeds."""
+    mean = sum(values) / len(values)
+    se = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+    return f"{mean:.1%} ± {100 * se:.1f}".replace("%", " %") if percent else f"{mean:.{digits}f} ± {se:.{digits}f}"
+
+
+def toy_rows(runs):
+    """The README's closing table, from the summaries of seeds 0, 1 and 2."""
+    names = {"reference": "reference (SFT)", "plain": "plain DPO (Eq. 7 alone)", "dpo": "**DPO** (the default run)",
+             "optimum_same_kl": "optimum at DPO's KL", "optimum_same_beta": "optimum at the same β"}
+    for key, name in names.items():
+        rows = [run["rows"][key] for run in runs]
+        of = lambda column, **how: mean_se([r[column] for r in rows], **how)
+        yield (f"| {name} | {of('reward')} | {of('kl')} | {of('objective')} | {of('win_rate', percent=True)} "
+               f"| {of('wellformed', percent=True)} | {of('objective_all')} |")
+
+
+def remedy_rows(remedies):
+    for name, runs in remedies.items():
+        of = lambda f, **how: mean_se([f(s) for s in runs], percent=True)
+        yield (f"| {name} | {of(lambda s: s['captured'])} | {of(lambda s: s['policy_wellformed'])} "
+               f"| {of(lambda s: s['objective'] / s['objective_optimal'])} "
+               f"| {of(lambda s: s['objective_all'] / s['objective_all_optimal'])} |")
+
+
+def test_the_closing_table_is_that_of_the_recorded_runs():
+    assert len(RESULTS["default"]) == 3, "three seeds"
+    for row in toy_rows(RESULTS["default"]):
+        assert row in README, f"README.md lacks the row\n{row}\nIt comes from docs/results.json"
+
+
+def test_the_table_of_remedies_is_that_of_the_recorded_runs():
+    assert all(len(runs) == 3 for runs in RESULTS["remedies"].values()), "three seeds"
+    for row in remedy_rows(RESULTS["remedies"]):
+        assert row in README, f"README.md lacks the row\n{row}\nIt comes from docs/results.json"
+
+
+def test_the_recorded_runs_were_made_with_todays_defaults():
+    for run in RESULTS["default"]:
+        assert run["flags"] == {k: v for k, v in vars(train.parse_args(["--seed", str(run["flags"]["seed"])])).items()
+                                if k not in ("resume", "out_dir", "device")}
+
+
+def commands():
+    for block in re.findall(r"```(?:sh|bash)\n(.*?)```", README, re.S):
+        for line in block.splitlines():
+            line = line.split("#")[0].strip()
+            if line:
+                yield line
+
+
+def test_the_two_commands_stand_in_the_readme():
+    assert "pip install -r requirements.txt && python train.py" in commands()
+    assert "pip install -r requirements.txt && python -m pytest" in commands()
+    assert "pip install -r requirements.txt && python -m pytest" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_every_train_command_in_the_readme_parses():
+    train_commands = [shlex.split(c.split("python train.py", 1)[1]) for c in commands() if "python train.py" in c]
+    assert len(train_commands) >= 4
+    for flags in train_commands:
+        train.parse_args(flags)
+
+
+def test_every_flag_named_in_the_readme_exists(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out)) | {"--prompt"}
+    assert set(re.findall(r"`(--[a-z][a-z-]*)", README)) <= known
+
+
+def test_every_metric_that_is_logged_is_in_the_glossary(small_run):
+    keys = {k for line in (small_run / "metrics.jsonl").read_text(encoding="utf-8").splitlines() for k in json.loads(line)}
+    missing = {k for k in keys - {"stage", "step"} if f"`{k}`" not in README}
+    assert not missing, f"the README's glossary lacks {missing}"
+
+
+def test_every_file_in_the_readme_exists_and_every_module_is_in_it():
+    for name in re.findall(r"\[`?([\w./]+)`?\]\(([\w./]+)\)", README):
+        assert (ROOT / name[1]).exists(), f"README.md links to {name[1]}, which is not there"
+    for module in ROOT.glob("*.py"):
+        assert f"[`{module.name}`]({module.name})" in README, f"{module.name} is not in the table of files"
+
+
+def test_requirements_are_pinned_and_explained():
+    for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            name, version = line.split("==")
+            assert f"`{name}`" in README, f"the README does not say why {name} is needed"
