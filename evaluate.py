@@ -5,9 +5,11 @@ On a user's data, where nobody can list the responses, figures come from held-ou
     python evaluate.py DIR --prompt TEXT    what the reference and the policy answer to TEXT
 """
 import argparse
+import hashlib
 import json
 import math
 import os
+import sys
 import textwrap
 from functools import lru_cache
 from pathlib import Path
@@ -161,8 +163,8 @@ def sampled_metrics(policy, reference, prompts, tokenizer, max_new_tokens, devic
     EOS. {name: (mean, se)}. The KL is unbiased and never negative: at every token of a sample, the KL between the two
     distributions over the next token is summed exactly, and the sums are averaged over samples."""
     columns = {"kl": [], "tokens": [], "ended": []}
-    for i in tqdm(range(0, len(prompts), 16), desc="sample", unit="batch", dynamic_ncols=True):
-        ids = [tokenizer.encode_ordinary(x) for x in prompts[i:i + 16]]
+    for i in tqdm(range(0, len(prompts), 8), desc="sample", unit="batch", dynamic_ncols=True):
+        ids = [tokenizer.encode_ordinary(x) for x in prompts[i:i + 8]]
         responses = policy.generate(ids, max_new_tokens, eos_id=tokenizer.eot_token)
         tokens, mask = (t.to(device) for t in data.pad(ids, responses))
         p, q = (torch.log_softmax(m(tokens)[:, :-1].float(), -1) for m in (policy, reference))        # (B, T-1, V)
@@ -282,10 +284,14 @@ def plot_curves(records, path, ceiling=None):
         for stage in stages:
             right.plot(*of(stage, "grad_norm"), color=COLOURS[stage], label=NAMES[stage])
         right.set_title("gradient norm before clipping", fontsize=9)
+    for ax in (rewards, logps):                          # four curves fill the panel: the legend gets room of its own
+        low, high = ax.get_ylim()
+        ax.set_ylim(low, high + 0.3 * (high - low))
+        ax.legend(fontsize=7, loc="upper right", ncols=len(stages))
     for ax in axes.flat:
         ax.set_xlabel("step")
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize=7, frameon=True, framealpha=0.85, edgecolor="none")
+        if ax not in (rewards, logps):
+            ax.legend(fontsize=7)
     save_figure(fig, path)
     plt.close(fig)
 
@@ -350,6 +356,13 @@ def load_run(out_dir, device="cpu"):
     return flags, data.get_tokenizer(flags["tokenizer"]), models
 
 
+def sha256(path):
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise data.DataError(f"{path}: cannot be read ({error})") from error
+
+
 def fingerprint(model):
     """A short string that differs between models whose weights differ."""
     return " ".join(f"{p.detach().cpu().double().sum().item():.9g}" for p in model.parameters())
@@ -368,6 +381,9 @@ def report(out_dir, device="cpu"):
         plot_frontier(records, exact_logps(models["sft"], world.prompts()[1]), summary, out_dir / "frontier.png")
         figures = "curves.png, frontier.png"
     else:
+        if sha256(flags["data"]) != flags["data_sha256"]:
+            raise data.DataError(f"{flags['data']} has changed since {out_dir} was trained on it: what is held out is no longer "
+                                 "known")
         _, held_out, _ = data.load_split(flags["data"], flags["seed"])
         block = models["sft"].config.block_size
         examples, _ = data.tokenize(held_out, tokenizer, block)
@@ -403,4 +419,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.stdout.reconfigure(errors="replace")       # a sample may hold a character that the terminal lacks
+    try:
+        main()
+    except data.DataError as error:
+        raise SystemExit(f"error: {error}")

@@ -15,11 +15,11 @@ import time
 START = time.time()          # before the imports, so that the seconds reported are the seconds waited
 
 import argparse
-import contextlib
 import copy
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -137,6 +137,7 @@ def prepare_out_dir(args):
     flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("resume", "out_dir", "device")}
     if args.data is not None:
         flags["data"] = str(Path(args.data).resolve())
+        flags["data_sha256"] = evaluate.sha256(args.data)      # a run is continued and measured on the data it was begun with
     file = args.out_dir / "flags.json"
     if (args.out_dir / "summary.json").exists():
         raise SystemExit(f"{args.out_dir} holds a finished run, which is not overwritten. Look at it with: python evaluate.py "
@@ -184,8 +185,7 @@ def fit(stage, model, lengths, loss_of, *, epochs, batch_size, lr, seed, accumul
             first = state["step"]
     log.forget_after(stage, first)
     sums, count, since = {}, 0, time.time()
-    bar = tqdm(range(len(plan)), desc=f"{stage:>5}", unit="step", initial=first, total=len(plan), dynamic_ncols=True)
-    with contextlib.closing(bar):
+    with tqdm(desc=f"{stage:>5}", unit="step", initial=first, total=len(plan), dynamic_ncols=True) as bar:
         for step in range(first, len(plan)):
             if step > first and step % SAVE_EVERY == 0:
                 atomic_save({"stage": stage, "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()},
@@ -334,10 +334,11 @@ def start_model(args, tokenizer, texts_longest):
         block = 64 if args.data is None else 32 * math.ceil(texts_longest / 32)
         model = GPT(GPTConfig(block_size=block, vocab_size=tokenizer.n_vocab, n_layer=args.n_layer, n_head=args.n_embd // 32,
                               n_embd=args.n_embd))
-    elif str(args.init).endswith(".pt"):
-        model, _ = load_model(args.init)
     else:
-        model = GPT.from_pretrained(args.init)
+        try:
+            model = load_model(args.init)[0] if str(args.init).endswith(".pt") else GPT.from_pretrained(args.init)
+        except (ValueError, OSError) as error:
+            raise SystemExit(f"--init: {error}") from error
     if model.config.vocab_size != tokenizer.n_vocab:
         raise SystemExit(f"--init {args.init} has {model.config.vocab_size} tokens, --tokenizer {args.tokenizer} has "
                          f"{tokenizer.n_vocab}: they do not belong together")
@@ -395,7 +396,10 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")       # a sample may hold a character that the terminal lacks
     try:
         main()
     except data.DataError as error:
         raise SystemExit(f"error: {error}")
+    except KeyboardInterrupt:
+        raise SystemExit("\nInterrupted. The same command with --resume continues.")

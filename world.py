@@ -207,9 +207,9 @@ def win_rate(logps, ref_logps, reward):
 
 
 def label_ceiling(logps, reward):
-    """The accuracy of the perfect judge: how often r* agrees with one Bradley-Terry label, for two independent responses of
-    a policy, given that they differ in reward or not (a tie counts 1/2). (..., N), (..., N) -> (...). No policy can do
-    better on fresh labels; one that does better on its training labels has learned their noise."""
+    """The accuracy of the perfect judge: how often r* agrees with a Bradley-Terry label of two independent responses of a
+    policy, ties counted 1/2. (..., N), (..., N) -> (...). No model does better on fresh labels; one that does better on its
+    training labels has learned their noise."""
     def one(p, r):
         value, rank = torch.unique(r.round(decimals=9), return_inverse=True)
         mass = torch.zeros(len(value), dtype=p.dtype).index_add(0, rank, p)                            # (K,)
@@ -296,14 +296,14 @@ class Trie:
         out = torch.full((self.n,), -math.inf, dtype=torch.float64)
         cache = model.new_cache()
         logits = model(torch.tensor([prompt_ids], device=device), cache)[:, -1]               # (1, V)
-        so_far = torch.zeros(1, dtype=torch.float64, device=device)                           # log-prob of each prefix
+        so_far = torch.zeros(1, dtype=torch.float64)                                          # log-prob of each prefix
         for (parent, token), (leaf_parent, leaf_token, which) in zip(self.levels, self.leaves):
-            next_logps = torch.log_softmax(logits.float(), -1).double()                       # (n_{d-1}, V)
-            out[which] = (so_far[leaf_parent] + next_logps[leaf_parent, leaf_token]).cpu()
+            next_logps = torch.log_softmax(logits.float(), -1).cpu().double()                 # (n_{d-1}, V)
+            out[which] = so_far[leaf_parent] + next_logps[leaf_parent, leaf_token]
             if len(parent) == 0:
                 break
-            parent, token = parent.to(device), token.to(device)
             so_far = so_far[parent] + next_logps[parent, token]                               # (n_d,)
+            parent, token = parent.to(device), token.to(device)
             cache = [(k[parent], v[parent]) for k, v in cache]
             logits = model(token[:, None], cache)[:, -1]                                      # (n_d, V)
         model.train(was_training)

@@ -256,6 +256,21 @@ def test_analytic_gradient_against_one_pair_at_a_time(tiny):
         assert torch.allclose(ours, oracle, atol=1e-12)
 
 
+def test_any_module_that_maps_tokens_to_logits_will_do(tiny):
+    """Not only model.GPT, whose head can run on some positions alone: the same gradient through full logits (1e-12)."""
+    class Plain(torch.nn.Module):
+        def __init__(self, gpt):
+            super().__init__()
+            self.gpt = gpt
+
+        def forward(self, tokens):
+            return self.gpt(tokens)
+
+    policy, batch = tiny
+    for a, b in zip(analytic_gradient(Plain(policy), batch, 0.7), analytic_gradient(policy, batch, 0.7), strict=True):
+        assert (a - b).abs().max() < 1e-12
+
+
 def test_gradient_check_notices_a_wrong_gradient(tiny, monkeypatch):
     """The check itself can fail: with the weight's sign flipped it must report a difference."""
     import dpo

@@ -301,3 +301,13 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tiny, tmp_path):
 def test_a_folder_without_a_run_says_how_to_make_one(tmp_path):
     with pytest.raises(SystemExit, match="python train.py --out-dir"):
         evaluate.load_run(tmp_path)
+
+
+def test_data_that_changed_after_training_are_refused(user_file, tmp_path):
+    """A changed file would be split anew, and what was trained on could be held out."""
+    out = tmp_path / "run"
+    train.main(["--data", str(user_file), "--out-dir", str(out), "--n-layer", "1", "--n-embd", "32", "--device", "cpu",
+                "--sft-epochs", "1", "--epochs", "1"])
+    user_file.write_text(user_file.read_text(encoding="utf-8") + "\n\n", encoding="utf-8")
+    with pytest.raises(data.DataError, match="has changed"):
+        evaluate.report(out)
