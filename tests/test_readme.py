@@ -45,6 +45,14 @@ def test_the_closing_table_is_that_of_the_recorded_runs():
         assert row in README, f"README.md lacks the row\n{row}\nIt comes from docs/results.json"
 
 
+def test_the_figures_in_the_prose_are_those_of_the_recorded_runs():
+    runs, of = RESULTS["default"], lambda values: mean_se(values, percent=True)
+    assert f"DPO reaches {of([r['captured'] for r in runs])}" in README
+    assert f"plain DPO {of([r['plain_captured'] for r in runs])}" in README
+    assert f"{of([1 - r['rows']['plain']['wellformed'] for r in runs])} of what plain DPO writes" in README
+    assert f"about {round(sum(r['seconds'] for r in runs) / 3)} s on 2 CPU cores" in README
+
+
 def test_the_table_of_remedies_is_that_of_the_recorded_runs():
     assert all(len(runs) == 3 for runs in RESULTS["remedies"].values()), "three seeds"
     for row in remedy_rows(RESULTS["remedies"]):
@@ -72,7 +80,7 @@ def test_the_two_commands_stand_in_the_readme():
 
 
 def test_every_train_command_in_the_readme_parses():
-    train_commands = [shlex.split(c.split("python train.py", 1)[1]) for c in commands() if "python train.py" in c]
+    train_commands = [shlex.split(c.split("python train.py", 1)[1]) for c in commands() if "train.py" in c and "--help" not in c]
     assert len(train_commands) >= 4
     for flags in train_commands:
         train.parse_args(flags)
