@@ -221,7 +221,7 @@ def show_answers(models, tokenizer, prompt, n=3):
     """Print n answers of the reference and of each policy to one prompt, on the toy world with their true rewards."""
     try:
         world.true_reward(prompt, "")
-        worth = lambda text: f"{world.true_reward(prompt, text):+.1f} {text}"
+        worth = lambda text: f"{world.true_reward(prompt, text):+.1f} {'' if world.parse(text) else 'ill-formed:'}{text}"
         reward = ", with their true rewards"
     except ValueError:
         worth, reward = str, ""

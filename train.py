@@ -39,8 +39,8 @@ LOG_EVERY = 10               # steps that one line of metrics.jsonl averages ove
 
 TOY = {"tokenizer": "toy", "sft_epochs": 1, "sft_lr": 4e-3, "epochs": 2, "batch_size": 64, "lr": 1.5e-3, "beta": 1.0,
        "norm_weight": 0.15, "n_layer": 1, "n_embd": 64}
-OWN = {"tokenizer": "toy", "sft_epochs": 5, "sft_lr": 2e-3, "epochs": 3, "batch_size": 16, "lr": 5e-4, "beta": 0.1,
-       "norm_weight": 0.0, "n_layer": 2, "n_embd": 64}
+OWN = {"tokenizer": "toy", "sft_epochs": 2, "sft_lr": 2e-3, "epochs": 2, "batch_size": 16, "lr": 1e-3, "beta": 0.1,
+       "norm_weight": 0.0, "n_layer": 1, "n_embd": 64}
 SFT_TEXTS, SFT_BATCH = 48_000, 32       # the toy corpus
 
 
