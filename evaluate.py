@@ -136,8 +136,8 @@ def toy_table(s):
               f"{s['objective'] / s['objective_optimal']:.1%} of the optimum ({s['objective_all'] / s['objective_all_optimal']:.1%}"
               " with ill-formed text)."]
     if "plain" in s["rows"]:
-        lines.append(f"Plain DPO: {s['plain_captured']:.1%} of the possible reward where its text is well-formed, "
-                     f"but only {s['rows']['plain']['wellformed']:.1%} of it is.")
+        lines.append(f"Plain DPO reaches {s['plain_captured']:.1%} of what is possible with its well-formed text; "
+                     f"{1 - s['rows']['plain']['wellformed']:.1%} of its text is ill-formed.")
     return "\n".join(lines)
 
 
@@ -290,7 +290,7 @@ def plot_curves(records, path, ceiling=None):
         ax.legend(fontsize=7, loc="upper right", ncols=len(stages))
     for ax in axes.flat:
         ax.set_xlabel("step")
-        if ax not in (rewards, logps):
+        if ax not in (rewards, logps) and ax.get_legend_handles_labels()[0]:
             ax.legend(fontsize=7)
     save_figure(fig, path)
     plt.close(fig)

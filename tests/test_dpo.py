@@ -311,6 +311,8 @@ def test_missing_mass_is_unbiased_and_its_gradient_vanishes_where_nothing_is_mis
     logps = torch.log_softmax(theta, -1)
     estimates = torch.stack([missing_mass(logps[y:y + 1], ref[y:y + 1].log()) for y in range(4)])
     assert (ref * estimates).sum().item() == pytest.approx(logps[4].exp().item(), abs=1e-12)
+    two = missing_mass(T(0.5, 0.2).log(), T(0.25, 0.4).log())
+    assert two.item() == pytest.approx(1 - (0.5 / 0.25 + 0.2 / 0.4) / 2, abs=1e-12), "the mean of pi/ref, not exp of a mean"
     shut = theta.detach().clone()
     shut[4] = -80.0                                  # nothing outside the support
     shut.requires_grad_()
