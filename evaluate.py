@@ -49,6 +49,15 @@ def held_out_rewards():
     return world.rewards(world.prompts()[1], world.responses())
 
 
+@lru_cache(maxsize=None)
+def annotator_ceiling(annotator):
+    """How often the annotator's own score agrees with its Bradley-Terry labels, over pairs of the grammar for the train
+    prompts: the accuracy that no model can beat except by learning the labels' noise."""
+    train, _ = world.prompts()
+    scores = world.rewards(train, world.responses(), world.ANNOTATORS[annotator])
+    return world.label_ceiling(world.grammar_logps(train), scores).mean().item()
+
+
 def measure(logps, ref_logps, beta):
     """Everything the closing table says of a policy, averaged over held-out prompts; logps, ref_logps: `exact_logps`.
 
@@ -87,7 +96,7 @@ def captured(row, ref_logps):
     return beta, best, (row["reward"] - start) / (best - start) if best > start + 1e-9 else math.nan
 
 
-def toy_summary(models, beta):
+def toy_summary(models, beta, annotator="human"):
     """models: {"sft": GPT, "dpo": GPT, perhaps "plain": GPT} -> the summary of a toy run, a dict of plain numbers."""
     _, held_out = world.prompts()
     logps = {name: exact_logps(model, held_out) for name, model in models.items()}
@@ -107,7 +116,7 @@ def toy_summary(models, beta):
         "optimal_reward_same_beta": same_beta["reward"], "optimal_kl_same_beta": same_beta["kl"],
         "objective": policy["objective"], "objective_optimal": same_beta["objective"],
         "objective_all": policy["objective_all"], "objective_all_optimal": objective_all_optimal,
-        "win_rate": policy["win_rate"], "label_ceiling": world.label_ceiling(grammar, r).mean().item(),
+        "win_rate": policy["win_rate"], "label_ceiling": annotator_ceiling(annotator),
         "rows": {"reference": reference, "dpo": policy, "optimum_same_kl": same_kl, "optimum_same_beta": same_beta},
     }
     if "plain" in logps:
@@ -270,7 +279,7 @@ def plot_curves(records, path, ceiling=None):
             logps.plot(*of(stage, f"logps/{key}"), style, color=colour, label=f"{name}, {key}")
     loss.axhline(math.log(2), color=COLOURS["limit"], ls="--", label="ln 2: policy = reference")
     if ceiling is not None:
-        accuracy.axhline(ceiling, color=COLOURS["limit"], ls="--", label="ceiling: the true reward")
+        accuracy.axhline(ceiling, color=COLOURS["limit"], ls="--", label="ceiling: the annotator's own score")
     if exact:
         for stage in stages:
             left.plot(*of(stage, "wellformed"), "o-", ms=3, color=COLOURS[stage], label=NAMES[stage])
@@ -375,7 +384,7 @@ def report(out_dir, device="cpu"):
     records = read_jsonl(out_dir / "metrics.jsonl")
     torch.manual_seed(flags["seed"])                     # the samples below are the same every time
     if flags["data"] is None:
-        summary = toy_summary(models, flags["beta"])
+        summary = toy_summary(models, flags["beta"], flags["annotator"])
         prompts = world.prompts()[1][::3]
         print("\n" + toy_table(summary))
         plot_frontier(records, exact_logps(models["sft"], world.prompts()[1]), summary, out_dir / "frontier.png")

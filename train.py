@@ -262,6 +262,8 @@ def reference_logps(reference, examples, batch_size, device):
 
 def train_dpo(stage, policy, examples, ref_logps, args, log, norm_weight, nll_weight, at_step=None):
     """Minimise the DPO loss over a fixed set of pairs. ref_logps: what `reference_logps` returned for these examples."""
+    # on the toy world the annotator's noise is known, and so how good an accuracy can be; it is logged beside each
+    ceiling = {"rewards/ceiling": torch.tensor(evaluate.annotator_ceiling(args.annotator))} if args.data is None else {}
     device = next(policy.parameters()).device
     ref_chosen, ref_rejected = ref_logps
 
@@ -282,12 +284,12 @@ def train_dpo(stage, policy, examples, ref_logps, args, log, norm_weight, nll_we
             "loss": losses.mean(), "missing_mass": missing,
             "rewards/chosen": chosen_rewards.mean(), "rewards/rejected": rejected_rewards.mean(),
             "rewards/margins": (chosen_rewards - rejected_rewards).mean(), "rewards/accuracies": accuracy.mean(),
-            "logps/chosen": chosen.mean(), "logps/rejected": rejected.mean()}
+            "logps/chosen": chosen.mean(), "logps/rejected": rejected.mean(), **ceiling}
 
     policy.eval()          # dropout off, as it was for the reference: with other masks the two would differ at step 0
     fit(stage, policy, [len(e) for e in examples], loss_of, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr,
         seed=args.seed, accumulate=args.accumulate, out_dir=args.out_dir, log=log, at_step=at_step,
-        bar_keys=["loss", "rewards/accuracies", "rewards/margins"])
+        bar_keys=["loss", "rewards/accuracies", *ceiling, "rewards/margins"])
 
 
 def toy_path(stage, policy, ref_logps, beta, log):

@@ -53,6 +53,16 @@ def test_metrics_have_their_glossary_names(small_run):
         assert record["rewards/margins"] == pytest.approx(record["rewards/chosen"] - record["rewards/rejected"], abs=1e-4)
 
 
+def test_the_ceiling_beside_the_accuracy_is_the_annotators_own(small_run):
+    """Against 40,000 labels: their share that agrees with the annotator's score, within 4 standard errors, per annotator."""
+    assert lines(small_run, "dpo")[0]["rewards/ceiling"] == pytest.approx(evaluate.annotator_ceiling("human"), abs=1e-6)
+    for name, score in world.ANNOTATORS.items():
+        pairs = data.make_preferences(40000, name, seed=2)
+        difference = torch.tensor([score(p.prompt, p.chosen) - score(p.prompt, p.rejected) for p in pairs])
+        agrees = ((difference > 1e-9) + 0.5 * (difference.abs() <= 1e-9)).mean().item()
+        assert abs(agrees - evaluate.annotator_ceiling(name)) < 4 * 0.5 / 40000 ** 0.5, name
+
+
 def test_summary_against_a_brute_force_of_one_prompt(small_run):
     """The table's figures again, for the mean over held-out prompts, by plain sums over the 2,304 responses."""
     summary = json.loads((small_run / "summary.json").read_text(encoding="utf-8"))
