@@ -130,7 +130,7 @@ def missing_mass(policy_logps, ref_logps):
     log pi(y_l|x) may both fall, to the profit of text that is in no pair.
 
     policy_logps, ref_logps: (B,), of responses that were drawn from the reference, preferred or not. Returns a scalar, for
-    logging, or to add to the loss with a small weight: it is an unbiased estimate, its minimum 0 is reached by pi* itself,
+    logging, or to add to the loss with a small weight: it is unbiased, and its expectation is least, 0, for pi* too,
     so unlike a likelihood term on the chosen response it does not move the optimum. Its variance grows with exp(KL); for
     long texts far from the reference, and for pairs that others wrote, it is no use.
     """

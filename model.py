@@ -104,8 +104,8 @@ class GPT(nn.Module):
         self.head.weight = self.wte.weight
         # GPT-2's initialisation: normal weights, zero biases, and the projections that write into the residual stream
         # shrunk, so that its variance does not grow with depth. GPT-2's std of 0.02 belongs to its width of 768; here it
-        # is scaled to the width at hand. A 64-channel model begun at 0.02 attends evenly to everything for a long while:
-        # after 1,000 steps of SFT on the toy world it had not yet found out that the genre matters.
+        # is scaled to the width at hand: a 64-channel model begun at 0.02 is slower to read the prompt. In one trial, 940
+        # steps of SFT on the toy world ended 0.024 nats from the grammar instead of 0.009.
         std = 0.02 * math.sqrt(768 / config.n_embd)
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
