@@ -212,17 +212,27 @@ def test_the_cached_reference_is_what_training_uses(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("weights", [(0.0, 0.0), (0.3, 0.2)])
-def test_eight_parts_of_one_are_one_batch_of_eight(tiny, tmp_path, weights):
-    """Claim 46, with and without the two extra terms: the gradient of the first step, 1e-6."""
+def test_eight_parts_of_one_are_one_batch_of_eight(tiny, tmp_path, weights, monkeypatch):
+    """Claim 46, with and without the two extra terms: every entry of the first step's gradient, 1e-6 of the largest."""
     _, policy, examples, ref_logps = tiny
-    norms = []
-    for parts in ("1", "8"):
+    clip, gradients = torch.nn.utils.clip_grad_norm_, []
+
+    def record(parameters, limit):
+        parameters = list(parameters)
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+        return clip(parameters, limit)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
+    first = []
+    for parts in ("1", "8", "3"):                      # 3: parts of 3, 3 and 2
         out = tmp_path / parts
         out.mkdir()
+        gradients.clear()
         train.train_dpo("dpo", copy.deepcopy(policy), examples, ref_logps, dpo_args(out, "--accumulate", parts),
                         train.Log(out / "metrics.jsonl"), *weights)
-        norms.append(lines(out, "dpo")[0]["grad_norm"])
-    assert norms[0] == pytest.approx(norms[1], rel=1e-5) and norms[0] > 0.1, "divide each part's loss by the number of parts"
+        first.append(gradients[0].clone())
+    for other in first[1:]:
+        assert first[0].abs().max() > 0.1
+        assert (other - first[0]).abs().max() < 1e-6 * first[0].abs().max(), "weigh each part's loss by its share of the batch"
 
 
 def test_sft_weighs_texts_not_tokens(tmp_path):
