@@ -10,22 +10,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
 
 import train  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-
-
-def pytest_addoption(parser):
-    parser.addoption("--seed", type=int, default=0, help="random seed of every test (default 0); the claims hold for all")
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "grades(function): a proof that is also put to a student's function, see --impl")
-    # everybody sees the same examples at seed 0; another seed draws others. No deadline: a slow machine is no counterexample
-    settings.register_profile("proofs", max_examples=50, deadline=None, derandomize=config.getoption("--seed") == 0,
-                              database=None)
-    settings.load_profile("proofs")
 
 
 @pytest.fixture(autouse=True)

@@ -57,7 +57,8 @@ def test_mask_comes_from_lengths_not_from_ids(pad_id):
         assert row[mask][-1] == TOY.eot_token and (row[mask] == TOY.eot_token).sum() == 1
 
 
-@pytest.mark.parametrize("prompt, response", [("The price is ", "$46"), ("a ", " b"), ("in", "put"), ("x\n", "\ny"), ("1", "23")])
+@pytest.mark.parametrize("prompt, response", [("The price is ", "$46"), ("a ", " b"), ("in", "put"), ("x\n", "\ny"), ("1", "23"),
+                                              ("very fun", "ny")])
 def test_the_border_between_prompt_and_response_never_merges(prompt, response):
     for tokenizer in [TOY] + ([data.get_tokenizer("gpt2")] if os.environ.get("TIKTOKEN_CACHE_DIR") else []):
         (e,), _ = data.tokenize([Pair(prompt, response, "no")], tokenizer)

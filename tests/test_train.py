@@ -43,6 +43,8 @@ def test_first_dpo_loss_is_ln2(small_run, stage):
     assert first["step"] == 0
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6), "is the reference in another mode, or another model?"
     assert abs(first["rewards/margins"]) < 1e-5 and abs(first["missing_mass"]) < 1e-5
+    exact = lines(small_run, stage, "wellformed")[0]
+    assert exact["step"] == 0 and abs(exact["kl"]) < 1e-9, "the measurement called step 0 was made after an update"
 
 
 def test_metrics_have_their_glossary_names(small_run):
@@ -209,6 +211,28 @@ def test_the_cached_reference_is_what_training_uses(tiny, tmp_path):
     _, policy, examples, (chosen, rejected) = tiny
     train.train_dpo("dpo", policy, examples, (chosen - 1, rejected), dpo_args(tmp_path), train.Log(tmp_path / "metrics.jsonl"), 0, 0)
     assert lines(tmp_path, "dpo")[0]["loss"] == pytest.approx(math.log1p(math.exp(-1.0)), abs=1e-5), "beta = 1, margin 1"
+
+
+def test_accuracy_ranks_implicit_rewards_and_counts_ties_half(tiny, tmp_path):
+    """A policy with weights 0 finds every token equally likely, as its reference does: all margins tie, accuracy 1/2 and not
+    0. And against a reference of twice the log-probs, the log-ratios rank every pair the other way round than the
+    log-probs do."""
+    reference, policy, examples, (chosen, rejected) = tiny
+
+    def first_accuracy(name, policy, ref):
+        out = tmp_path / name
+        out.mkdir()
+        train.train_dpo("dpo", policy, examples, ref, dpo_args(out, "--batch-size", "24"), train.Log(out / "metrics.jsonl"), 0, 0)
+        return lines(out, "dpo")[0]["rewards/accuracies"]
+    uniform = copy.deepcopy(policy)
+    with torch.no_grad():
+        for p in uniform.parameters():
+            p.zero_()
+    assert first_accuracy("ties", uniform, train.reference_logps(uniform, examples, 7, "cpu")) == 0.5, "ties count 1/2"
+    raw = (chosen > rejected).float().mean().item()
+    assert first_accuracy("twice", policy, (2 * chosen, 2 * rejected)) == pytest.approx(1 - raw, abs=0.01), \
+        "the accuracy is of raw log-probs: rank the log-ratios"
+    assert abs(raw - 0.5) > 0.02, "or the two could not be told apart"
 
 
 @pytest.mark.parametrize("weights", [(0.0, 0.0), (0.3, 0.2)])
