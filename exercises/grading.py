@@ -87,9 +87,12 @@ class Grader:
 
     functions: {name: function}; only: the names to report on, by default all of dpo.py's."""
 
+    only_the_verdict = True                                            # see conftest.py
+
     def __init__(self, functions, title, only=FUNCTIONS):
         self.functions, self.title, self.only = functions, title, only
-        self.results = {name: [] for name in only}                     # name -> [(test, "holds" | "not started" | ..., message)]
+        self.named = {}                                                # name -> (test, message)
+        self.results = {name: [] for name in only}                     # name -> [(test, verdict, message)]
 
     def pytest_collection_modifyitems(self, config, items):
         mine = [i for i in items if (mark := i.get_closest_marker("grades")) and mark.args[0] in self.only]
@@ -122,6 +125,8 @@ class Grader:
             message = report.verdict
         else:
             report.verdict, message = "wrong", self.explain(name, error)
+            if type(error).__name__ == "Mistake":              # tests/tools.py knows which mistake it is: say that first
+                self.named.setdefault(name, (item.name, message))
         report.longrepr = f"{(item.function.__doc__ or '').strip()}\n\n>>> {message}"
         self.results[name].append((item.name, report.verdict, message))
         return report
@@ -154,7 +159,7 @@ class Grader:
                 verdict = "wrong" if "wrong" in verdicts else next(v for v in verdicts if v != "holds")
             lines.append(f"{name:<20}{verdict:<14}{held:>3} of {len(verdicts)} proofs hold")
             if verdict == "wrong":
-                test, _, message = next(r for r in self.results[name] if r[1] == "wrong")
+                test, message = self.named.get(name) or next((t, m) for t, v, m in self.results[name] if v == "wrong")
                 lines += ["    " + line for line in message.splitlines()] + [f"    ({test})"]
         return "\n".join(lines)
 

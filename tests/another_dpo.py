@@ -1,3 +1,5 @@
+"""A second, correct implementation of dpo.py, written differently: other losses from PyTorch, loops for gathers, masks by
+indexing. The proofs must accept it, and tests/test_exercises.py plants typical mistakes in it, one at a time."""
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 

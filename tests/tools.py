@@ -1,6 +1,4 @@
 """What the proofs share: a comparison that names the mistake, and worlds for the claims that say "for every"."""
-import math
-
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -8,12 +6,16 @@ from hypothesis import strategies as st
 grades = pytest.mark.grades          # @grades("dpo_loss"): this proof is also put to a student's dpo_loss, see exercises/
 
 
+class Mistake(AssertionError):
+    """The result is that of a known mistake."""
+
+
 def vector(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
 def softplus(x):
-    """log(1 + e^x) = -log sigma(-x), in NumPy-like plain terms and stable: the oracle for the losses."""
+    """log(1 + e^x) = -log sigma(-x), stable at any x: the oracle for the losses."""
     return x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
 
 
@@ -32,7 +34,7 @@ def same(got, want, tolerance, mistakes=None, what="the result"):
         return
     for mistake, value in mistakes.items():
         if close(value) and not torch.equal(value, want):
-            raise AssertionError(f"{what}: {mistake}")
+            raise Mistake(f"{what}: {mistake}")
     if got.shape != want.shape:
         raise AssertionError(f"{what} has shape {tuple(got.shape)}; wanted {tuple(want.shape)}")
     if not torch.isfinite(got).all():
