@@ -161,7 +161,7 @@ def soft_value_iteration(ref_token_logps, token_rewards, beta):
 # Other objectives
 
 def psi_policy(ref_logps, preference, sampler, psi, tau):
-    """PsiPO's optimum, https://arxiv.org/abs/2310.12036, Eq. 7: pi ~ ref exp(E_{y' ~ sampler}[psi(p(y over y'))] / tau). (N,)
+    """PsiPO's optimum, https://arxiv.org/abs/2310.12036: pi ~ ref exp(E_{y' ~ sampler}[psi(p(y over y'))] / tau). (N,)
 
     preference (N,N); sampler (N,), log-probabilities; psi: a function of probabilities (the identity gives IPO)."""
     worth = (psi(preference) * sampler.exp()).sum(-1)                                                 # (N,)

@@ -246,7 +246,7 @@ def training_figures(flags):
                 ("well-formed, reference -> policy, exact", f"{exact[0]['wellformed']:.1%} -> {exact[-1]['wellformed']:.1%}"),
                 ("tokens an answer, 200 samples", f"{sum(map(len, drawn)) / 200:.1f}"),
                 ("answers that end, 200 samples", f"{sum(r[-1:] == [tokenizer.eot_token] for r in drawn) / 200:.0%}")]
-    return figures, [f"{prompt}{a}" for a in answers]
+    return figures, [textwrap.shorten("".join(c if c.isprintable() else "?" for c in prompt + a), 110) for a in answers]
 
 
 def symptom(number):

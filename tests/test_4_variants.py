@@ -1,4 +1,4 @@
-"""The variants: IPO (https://arxiv.org/abs/2310.12036; its equation numbers carry a *), conservative and robust DPO, the
+"""The variants: IPO (https://arxiv.org/abs/2310.12036; its equations carry a *), conservative and robust DPO, the
 hinge, and the family that has DPO and IPO as members. float64, 1e-10 unless stated."""
 import math
 
@@ -112,7 +112,7 @@ def test_ipos_sampled_and_centred_losses_have_one_gradient(h, tau):
 @grades("dpo_loss")
 @pytest.mark.parametrize("tau", [0.3, 1.0])
 def test_ipos_minimiser(tau):
-    """Claim 27, second half (Eq. 7* with the identity). With pairs of ref x ref IPO ends at ref exp(p(y over ref)/tau)/Z: it
+    """Claim 27, second half. With pairs of ref x ref IPO ends at ref exp(p(y over ref)/tau)/Z: it
     fits preference probabilities where DPO fits rewards, so its optimum is not DPO's pi*. Total variation 1e-8."""
     ref, reward = tabular.random_world(5)
     preference = tabular.preferences(reward)

@@ -1,10 +1,13 @@
 """The README is executed or compared: commands, flags, files and figures cannot drift."""
+import ast
 import json
 import math
 import re
+import runpy
 import shlex
 
 import pytest
+import torch
 
 import train
 from conftest import ROOT
@@ -90,7 +93,49 @@ def test_every_flag_named_in_the_readme_exists(capsys):
     with pytest.raises(SystemExit):
         train.parse_args(["--help"])
     known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out)) | {"--prompt"}
+    for file in ("conftest.py", "exercises/find_the_bug.py"):
+        known |= set(re.findall(r'add(?:option|_argument)\("(--[a-z-]+)"', (ROOT / file).read_text(encoding="utf-8")))
     assert set(re.findall(r"`(--[a-z][a-z-]*)", README)) <= known
+
+
+def test_the_gradient_check_runs_as_the_readme_says(capsys):
+    """python dpo.py; the exercises' commands are run by test_exercises.py, the two of a newcomer by .ci/run."""
+    assert any(c.startswith("python dpo.py") for c in commands())
+    try:
+        runpy.run_path(str(ROOT / "dpo.py"), run_name="__main__")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    printed = capsys.readouterr().out
+    assert "log pi(y_w|x)" in printed and "WRONG" not in printed.split("Columns:")[0]
+
+
+def test_every_module_named_by_a_command_exists():
+    for command in commands():
+        for module in re.findall(r"python -m ([\w.]+)", command):
+            assert module == "pytest" or (ROOT / (module.replace(".", "/") + ".py")).exists(), command
+        for file in re.findall(r"(?:--impl |tests/)[\w./]+", command):
+            assert (ROOT / file.removeprefix("--impl ")).exists(), command
+
+
+def claims_of_tests():
+    """{claim: {(file, test), ...}}, from the docstrings, which begin with "Claim 7"."""
+    found = {}
+    for file in (ROOT / "tests").glob("test_*.py"):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and (match := re.match(r"Claim (\d+)\b", ast.get_docstring(node) or "")):
+                found.setdefault(int(match[1]), set()).add((f"tests/{file.name}", node.name))
+    return found
+
+
+def test_the_table_of_claims_is_that_of_the_tests():
+    """Each of the 46 has a row; the row names every test whose docstring claims it, and no other."""
+    proofs, rows = claims_of_tests(), re.findall(r"^\| (\d+) \| (.+?) \| (.+?) \| (.*?) \| (.*?) \|$", README, re.M)
+    assert [int(number) for number, *_ in rows] == list(range(1, 47))
+    for number, _, cell, where, notebook in rows:
+        named = {(file, test) for test, file in re.findall(r"\[`(\w+)`\]\(([\w./]+)\)", cell)}
+        assert named == proofs.get(int(number), set()), f"claim {number}"
+        assert named or cell == "waits for `rlhf.py`" and not (ROOT / "rlhf.py").exists(), f"claim {number} has no proof"
+        assert re.fullmatch(r"0\d(, 0\d)*", notebook), f"claim {number}: which notebook?"
 
 
 def test_every_metric_that_is_logged_is_in_the_glossary(small_run):
@@ -102,7 +147,7 @@ def test_every_metric_that_is_logged_is_in_the_glossary(small_run):
 def test_every_file_in_the_readme_exists_and_every_module_is_in_it():
     for name in re.findall(r"\[`?([\w./]+)`?\]\(([\w./]+)\)", README):
         assert (ROOT / name[1]).exists(), f"README.md links to {name[1]}, which is not there"
-    for module in ROOT.glob("*.py"):
+    for module in set(ROOT.glob("*.py")) - {ROOT / "conftest.py"}:
         assert f"[`{module.name}`]({module.name})" in README, f"{module.name} is not in the table of files"
 
 
