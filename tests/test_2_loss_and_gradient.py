@@ -533,6 +533,32 @@ def test_the_command_prints_the_table():
     assert len(set(weights)) == 3, "the pairs' weights must differ, or a constant weight would pass"
 
 
+def test_the_command_checks_a_batch_worth_checking(monkeypatch):
+    """Two answers to each prompt, of several lengths, none empty, one as long as the model reads; the masks begin where the
+    answers do; the policy has left the reference, and the printed beta is the one checked."""
+    seen = []
+
+    def record(policy, batch, beta):
+        seen.append((policy, batch, beta))
+        return iter(())
+    monkeypatch.setattr(dpo, "gradient_check", record)
+    printed = run_main()
+    (policy, batch, beta), = seen
+    tokens, mask = batch["tokens"], batch["response_mask"]
+    assert f"on 3 pairs, a {policy.config.n_layer}-layer GPT, float64, beta = {beta}." in printed and beta != 1
+    assert tokens.shape == mask.shape == (6, policy.config.block_size) and tokens.max() < policy.config.vocab_size
+    starts, lengths = mask.int().argmax(1), mask.sum(1)
+    assert (starts == starts[0]).all() and starts[0] > 0 and lengths.min() > 0 and len(lengths.unique()) >= 4
+    assert starts[0] + lengths.max() == tokens.size(1)
+    for row, start, length in zip(mask, starts, lengths):
+        assert row[start:start + length].all(), "a response is in one piece"
+    assert torch.equal(tokens[:3, :starts[0]], tokens[3:, :starts[0]]), "both answers of a pair answer one prompt"
+    assert (tokens[:3, starts[0]:] != tokens[3:, starts[0]:]).any(1).all(), "and differ"
+    assert all(p.dtype == torch.float64 and p.abs().sum() > 0 for p in policy.parameters())
+    policy_logps, ref_logps = torch.cat(dpo.pair_logps(policy, batch)), torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
+    assert ((policy_logps - ref_logps).abs() > 1e-3).all() and (ref_logps < 0).all() and not ref_logps.requires_grad
+
+
 @pytest.mark.parametrize("name, wrong", [("gradient_weight", lambda w, l: torch.sigmoid(w - l)),
                                          ("central_differences", lambda f, x, eps=1e-5: torch.zeros_like(x))])
 def test_the_command_says_wrong_where_it_is_wrong(monkeypatch, name, wrong):
