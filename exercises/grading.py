@@ -149,7 +149,7 @@ class Grader:
 
     def summary(self):
         """A line a function: done, not started, waiting for another one, or wrong, and then what to look at first."""
-        lines = []
+        lines, wrong = [], 0
         for name in self.only:
             verdicts = [verdict for _, verdict, _ in self.results[name]]
             held = verdicts.count("holds")
@@ -159,8 +159,11 @@ class Grader:
                 verdict = "wrong" if "wrong" in verdicts else next(v for v in verdicts if v != "holds")
             lines.append(f"{name:<20}{verdict:<14}{held:>3} of {len(verdicts)} proofs hold")
             if verdict == "wrong":
+                wrong += 1
                 test, message = self.named.get(name) or next((t, m) for t, v, m in self.results[name] if v == "wrong")
                 lines += ["    " + line for line in message.splitlines()] + [f"    ({test})"]
+        if wrong > 1:
+            lines.append("Begin with the first that is wrong: what calls it may only inherit the mistake.")
         return "\n".join(lines)
 
     def pytest_terminal_summary(self, terminalreporter):

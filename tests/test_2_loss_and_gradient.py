@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import dpo
 import tabular
 import world
-from tools import betas, grades, numbers, same, softplus, vector, worlds
+from tools import Bare, betas, grades, numbers, same, softplus, vector, worlds
 
 LN2 = math.log(2)
 
@@ -407,16 +407,8 @@ def test_analytic_gradient_is_autograd_of_the_loss(tiny):
 @grades("analytic_gradient")
 def test_any_module_that_maps_tokens_to_logits_will_do(tiny):
     """Not only model.GPT, whose head can run on some positions alone: the same gradient through full logits (1e-12)."""
-    class Plain(torch.nn.Module):
-        def __init__(self, gpt):
-            super().__init__()
-            self.gpt = gpt
-
-        def forward(self, tokens):
-            return self.gpt(tokens)
-
     policy, batch = tiny
-    for a, b in zip(dpo.analytic_gradient(Plain(policy), batch, 0.7), dpo.analytic_gradient(policy, batch, 0.7), strict=True):
+    for a, b in zip(dpo.analytic_gradient(Bare(policy), batch, 0.7), dpo.analytic_gradient(policy, batch, 0.7), strict=True):
         same(a, b, 1e-12, what="the gradient of a module without hidden()")
 
 
@@ -470,9 +462,10 @@ def test_the_check_reports_the_size_of_the_gradient(tiny):
     weights = [0.7 / (1 + math.exp(0.7 * (w - rw - l + rl))) / 3 for (w, _, l, _), rw, rl in
                zip(pair_gradients(policy, batch), batch["ref_chosen_logps"].tolist(), batch["ref_rejected_logps"].tolist())]
     for name in ("log pi(y_w|x)", "log pi(y_l|x)"):
-        assert rows[name][3] == pytest.approx(max(weights), abs=1e-12)
+        same(rows[name][3], vector(max(weights))[0], 1e-12, {"beta is missing": vector(max(weights) / 0.7)[0],
+             "a sum over pairs; wanted the mean": vector(max(weights) * 3)[0]}, what=f"the largest entry for {name}")
     largest = max(abs(v) for v in weighted_gradient(policy, batch, 0.7, lambda w, l: 1 / (1 + math.exp(w - l))).tolist())
-    assert max(row[3] for name, row in rows.items() if "log" not in name) == pytest.approx(largest, abs=1e-12)
+    same(max(row[3] for name, row in rows.items() if "log" not in name), vector(largest)[0], 1e-12, what="the largest entry for a parameter")
 
 
 @grades("gradient_check")
@@ -488,11 +481,7 @@ def test_the_check_notices_a_gradient_that_lies(tiny):
         def backward(ctx, grad):
             return 2 * grad
 
-    class Liar(torch.nn.Module):
-        def __init__(self, gpt):
-            super().__init__()
-            self.gpt = gpt
-
+    class Liar(Bare):
         def forward(self, tokens):
             return Doubled.apply(self.gpt(tokens))
 

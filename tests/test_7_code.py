@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import dpo
 from model import GPT, GPTConfig
-from tools import grades, masked_texts, same, vector
+from tools import Bare, grades, masked_texts, same, vector
 
 
 def scored_by_hand(logits, tokens, scored):
@@ -305,17 +305,9 @@ def test_the_shortcut_runs_the_head_where_it_must_and_scores_in_float32(dtype):
 @grades("pair_logps")
 def test_pair_logps_splits_chosen_from_rejected(tiny):
     """The first B rows are the chosen, the last B the rejected; values by hand (1e-12), for a GPT and for a bare module."""
-    class Plain(torch.nn.Module):
-        def __init__(self, gpt):
-            super().__init__()
-            self.gpt = gpt
-
-        def forward(self, tokens):
-            return self.gpt(tokens)
-
     policy, batch = tiny
     want = by_hand(policy(batch["tokens"]).detach(), batch["tokens"], batch["response_mask"])
-    for model in (policy, Plain(policy)):
+    for model in (policy, Bare(policy)):
         pair = dpo.pair_logps(model, batch)
         assert pair is not None and len(pair) == 2, "wanted two results, the chosen log-probs and the rejected ones"
         for got, rows, other, name in ((pair[0], slice(0, 3), slice(3, 6), "chosen"), (pair[1], slice(3, 6), slice(0, 3), "rejected")):

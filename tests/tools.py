@@ -10,6 +10,17 @@ class Mistake(AssertionError):
     """The result is that of a known mistake."""
 
 
+class Bare(torch.nn.Module):
+    """A GPT behind a plain forward: any module that maps tokens to logits, without hidden() and head."""
+
+    def __init__(self, gpt):
+        super().__init__()
+        self.gpt = gpt
+
+    def forward(self, tokens):
+        return self.gpt(tokens)
+
+
 def vector(*values):
     return torch.tensor(values, dtype=torch.float64)
 
@@ -26,7 +37,7 @@ def same(got, want, tolerance, mistakes=None, what="the result"):
     """
     __tracebackhide__ = True
     assert got is not None, f"{what} is None: is a return missing?"
-    got, want = torch.as_tensor(got), torch.as_tensor(want)
+    got, want = (torch.as_tensor(x, dtype=None if torch.is_tensor(x) else torch.float64) for x in (got, want))
     mistakes = {k: torch.as_tensor(v) for k, v in (mistakes or {}).items()}
     close = lambda other: (got.shape == other.shape
                            and torch.allclose(got.double(), other.double(), rtol=0, atol=tolerance * max(1.0, _size(other))))
