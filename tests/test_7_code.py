@@ -54,15 +54,6 @@ def response_mistakes(logits, tokens, mask):
 # ---- One token at a time
 
 @grades("token_logps")
-def test_oracle_gather():
-    """Numbers from another hand: two positions. tokens[0] only leads in; the last logits predict nothing."""
-    logits = torch.tensor([[[2, 1, .1], [.5, 2.5, .3], [9, 9, 9]]])
-    logps = dpo.token_logps(logits, torch.tensor([[1, 0, 2]]))
-    same(-logps.mean(), torch.tensor(1.4185), 5e-5, what="the mean negative log-probability")
-    assert logps.shape == (1, 2), f"{tuple(logps.shape)}: T tokens have T-1 predictions"
-
-
-@grades("token_logps")
 @given(masked_texts())
 def test_token_logps_are_log_softmax_shifted_by_one(text):
     """For every text: entry t is log p(token t+1 | tokens up to t), 1e-12."""
@@ -79,6 +70,15 @@ def test_token_logps_are_log_softmax_shifted_by_one(text):
         "raw logits, not normalised: take log_softmax": logits[:, :-1].gather(2, tokens[:, 1:, None]).squeeze(2),
         "probabilities; wanted their logs": want.exp(),
         "the sign is flipped: that is the negative log-likelihood": -want}, what="token_logps")
+
+
+@grades("token_logps")
+def test_oracle_gather():
+    """Numbers from another hand: two positions. tokens[0] only leads in; the last logits predict nothing."""
+    logits = torch.tensor([[[2, 1, .1], [.5, 2.5, .3], [9, 9, 9]]])
+    logps = dpo.token_logps(logits, torch.tensor([[1, 0, 2]]))
+    same(-logps.mean(), torch.tensor(1.4185), 5e-5, what="the mean negative log-probability")
+    assert logps.shape == (1, 2), f"{tuple(logps.shape)}: T tokens have T-1 predictions"
 
 
 @grades("token_logps")

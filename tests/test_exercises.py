@@ -33,10 +33,10 @@ class Outcomes:
 
 
 def run_proof(proof):
-    """The outcomes of one test (all its parameters), run here and now, with whatever is in effect."""
+    """The outcomes of one test, its parameters until the first failure, run here and now, with whatever is in effect."""
     outcomes = Outcomes()
     with find_the_bug.quietly():
-        pytest.main([f"{ROOT / 'tests' / proof}", f"--rootdir={ROOT}", "-q", "-p", "no:cacheprovider", "-W", "ignore"], plugins=[outcomes])
+        pytest.main([f"{ROOT / 'tests' / proof}", f"--rootdir={ROOT}", "-x", "-q", "-p", "no:cacheprovider", "-W", "ignore"], plugins=[outcomes])
     torch.manual_seed(0)
     return [r.outcome for r in outcomes.reports]
 
@@ -76,11 +76,11 @@ def test_a_claim_with_its_formula_altered_is_refuted(alteration):
 
 # ---- Grading somebody's implementation
 
-def grade_file(path, only=grading.FUNCTIONS):
+def grade_file(path, only=grading.FUNCTIONS, *options):
     """A Grader that has run the proofs of the functions of a file."""
     grader = grading.Grader(grading.load(path), str(path), only)
     with find_the_bug.quietly():
-        pytest.main([str(ROOT / "tests"), f"--rootdir={ROOT}", "-q", "-p", "no:cacheprovider", "-W", "ignore"], plugins=[grader])
+        pytest.main([str(ROOT / "tests"), f"--rootdir={ROOT}", "-q", *options, "-p", "no:cacheprovider", "-W", "ignore"], plugins=[grader])
     return grader
 
 
@@ -145,7 +145,7 @@ def test_a_wrong_implementation_is_told_its_mistake(mistake, tmp_path):
     source = ANOTHER.read_text(encoding="utf-8")
     assert source.count(old) == 1
     (tmp_path / "mine.py").write_text(source.replace(old, new), encoding="utf-8")
-    summary = grade_file(tmp_path / "mine.py", [name]).summary()
+    summary = grade_file(tmp_path / "mine.py", [name], "-x").summary()         # the first proof that fails names it
     assert re.match(rf"{name} +wrong", summary) and message in summary, summary
 
 

@@ -1,0 +1,109 @@
+"""The checks of the notebooks' exercises. Each takes the student's answer, prints what is right or what was probably done, and
+returns whether it holds. An answer that is still `...` (or a function that returns it) is "not started".
+"""
+import math
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+for folder in (ROOT, ROOT / "tests"):
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+import torch  # noqa: E402
+
+import tabular  # noqa: E402
+import world  # noqa: E402
+from tools import same  # noqa: E402
+
+
+def check(function):
+    """Turns a function that asserts into one that prints and returns a verdict."""
+    def run(*answer):
+        name = function.__name__.replace("_", " ")
+        if any(a is ... or a is None for a in answer):
+            print(f"{name}: not started.")
+            return False
+        try:
+            function(*answer)
+        except NotStarted:
+            print(f"{name}: not started.")
+        except AssertionError as error:
+            print(f"{name}: not yet. {error}")
+        except Exception as error:                       # the student's code failed on its own
+            print(f"{name}: not yet. {type(error).__name__}: {error}")
+        else:
+            print(f"{name}: right.")
+            return True
+        return False
+    run.__name__, run.__doc__ = function.__name__, function.__doc__
+    return run
+
+
+class NotStarted(Exception):
+    pass
+
+
+def ask(function, *args):
+    value = function(*args)
+    if value is ... or value is None:
+        raise NotStarted
+    return value
+
+
+def small_world(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.log_softmax(torch.randn(5, generator=g, dtype=torch.float64), -1), 1.5 * torch.randn(5, generator=g, dtype=torch.float64)
+
+
+# ---- 01 The RLHF objective and its optimum
+
+@check
+def exercise_1_1(objective):
+    """objective(p, q, r, beta): Eq. 3 from lists of probabilities and rewards."""
+    p, q, r = [0.7, 0.2, 0.1], [0.5, 0.3, 0.2], [1.0, 0.0, -1.0]
+    kl = sum(a * math.log(a / b) for a, b in zip(p, q))
+    other = sum(b * math.log(b / a) for a, b in zip(p, q))
+    for beta in (0.5, 2.0):
+        same(ask(objective, p, q, r, beta), 0.6 - beta * kl, 1e-9, {
+            "That is E[r] alone: the KL is missing.": 0.6, "The KL is added; Eq. 3 subtracts it.": 0.6 + beta * kl,
+            "beta is missing before the KL.": 0.6 - kl, "That is KL(ref || pi): the expectation is under the policy.": 0.6 - beta * other,
+            "The reward is averaged over responses, not over the policy.": 0 - beta * kl}, what=f"J at beta = {beta:g}")
+
+
+@check
+def exercise_1_2(optimal_policy):
+    """optimal_policy(ref_logps, reward, beta) -> log-probabilities, without world.py's."""
+    ref, reward = small_world()
+    for beta in (0.5, 2.0):
+        want = ref + reward / beta
+        want = want - want.logsumexp(-1)
+        got = ask(optimal_policy, ref, reward, beta)
+        same(got, want, 1e-9, {
+            "It does not sum to 1: divide by Z, that is, subtract log Z.": ref + reward / beta,
+            "beta stands the wrong way round: a larger beta keeps closer to the reference.": torch.log_softmax(ref + reward * beta, -1),
+            "beta is missing: exp(r / beta).": torch.log_softmax(ref + reward, -1),
+            "The reference is missing: that is a softmax of rewards.": torch.log_softmax(reward / beta, -1),
+            "These are probabilities; wanted their logs.": want.exp()}, what=f"pi* at beta = {beta:g}")
+
+
+@check
+def exercise_1_3(reward_difference):
+    """reward_difference(pi_logps, ref_logps, beta, i, j): what a policy says about r(i) - r(j)."""
+    ref, reward = small_world(1)
+    for beta in (0.5, 2.0):
+        star = world.optimal_policy(ref, reward, beta)
+        same(ask(reward_difference, star, ref, beta, 3, 1), reward[3] - reward[1], 1e-9, {
+            "beta is missing.": (reward[3] - reward[1]) / beta, "The sign is flipped.": reward[1] - reward[3],
+            "The reference is missing: log pi* alone says how likely, not how good.": beta * (star[3] - star[1]),
+            "log Z is in it once: in a difference of one prompt it cancels.":
+                reward[3] - reward[1] - beta * world.log_partition(ref, reward, beta)}, what=f"r(3) - r(1) at beta = {beta:g}")
+
+
+@check
+def exercise_1_4(beta):
+    """The beta at which pi* of this little world has KL 0.5 nats, to 1e-3."""
+    ref, reward = small_world(2)
+    kl = world.kl(world.optimal_policy(ref, reward, float(beta)), ref).item()
+    assert abs(kl - 0.5) < 1e-3, (f"At beta = {beta:g} the KL is {kl:.4f} nats; wanted 0.5. "
+                                  + ("Too tight a leash: a smaller beta." if kl < 0.5 else "Too long a leash: a larger beta."))
