@@ -122,6 +122,7 @@ def test_the_rewards_carry_no_gradient():
 @pytest.mark.parametrize("bad, message", [
     (dict(beta=0.0), "beta=0.0"), (dict(beta=-1.0), "beta=-1.0"), (dict(beta=float("nan")), "beta=nan"),
     (dict(label_smoothing=0.5), "label_smoothing=0.5"), (dict(label_smoothing=-0.1), "label_smoothing=-0.1"),
+    (dict(label_smoothing=0.7), "label_smoothing=0.7"), (dict(loss_type="tanh"), "'tanh'"), (dict(loss_type=""), "''"),
     (dict(label_smoothing=0.1, loss_type="ipo"), "not defined"), (dict(label_smoothing=0.1, loss_type="hinge"), "not defined"),
     (dict(loss_type="dpo"), "'dpo'")])
 def test_settings_that_mean_nothing_are_refused(bad, message):
@@ -498,10 +499,10 @@ def test_the_check_notices_a_wrong_formula(tiny, monkeypatch, name, wrong):
     assert max(row[2] for row in dpo.gradient_check(*tiny, beta=0.7)) > 1e-3
 
 
-def run_main():
+def run_main(show=False):
     """What dpo.main() prints; it works in float64 and must not leave the process so."""
     out = io.StringIO()
-    with contextlib.redirect_stdout(out):
+    with contextlib.nullcontext() if show else contextlib.redirect_stdout(out):
         try:
             dpo.main()
         finally:
@@ -520,6 +521,25 @@ def test_the_command_prints_the_table():
         assert largest > 1e-6 and autograd <= 1e-9 and differences <= 1e-6
     weights = printed.split("weights sigma(r_l - r_w) = ")[1].splitlines()[0].split(", ")
     assert len(set(weights)) == 3, "the pairs' weights must differ, or a constant weight would pass"
+
+
+@pytest.mark.parametrize("autograd, differences, largest, verdict", [
+    (0.0, 1e-10, 1.0, "exact"), (1e-14, 1e-10, 1.0, "exact"), (1e-14, 1e-10, 0.01, "exact"), (3e-14, 1e-10, 5.0, "exact"),
+    (3e-14, 1e-10, 1.0, "approximate"), (1e-13, 1e-10, 5.0, "approximate"), (1e-9, 1e-6, 1.0, "approximate"),
+    (2e-9, 1e-10, 1.0, "WRONG"), (0.0, 2e-6, 1.0, "WRONG"), (math.nan, 1e-10, 1.0, "WRONG"), (0.0, math.nan, 1.0, "WRONG")])
+def test_the_commands_verdicts_are_those_it_explains(monkeypatch, autograd, differences, largest, verdict):
+    """exact: 1e-14 of the largest entry, or of 1; approximate: 1e-9; both within 1e-6 of the differences; else WRONG, and then
+    the command fails, naming the row and no other."""
+    monkeypatch.setattr(dpo, "gradient_check", lambda *a: iter([("good", (1,), 0.0, 0.0, 1.0), ("row", (3,), autograd, differences, largest)]))
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        if verdict == "WRONG":
+            with pytest.raises(SystemExit, match="^the gradient is wrong for row: "):
+                run_main(show=True)
+        else:
+            run_main(show=True)
+    line = next(line for line in out.getvalue().splitlines() if line.startswith("row"))
+    assert line.split()[-1] == verdict
 
 
 def test_the_command_checks_a_batch_worth_checking(monkeypatch):

@@ -65,6 +65,14 @@ def test_the_variants_differ_and_share_their_rewards():
         same(a[2], 0.3 * (four[1] - four[3]), 1e-12, what=f"the rejected reward of {kinds[i]}")
 
 
+@grades("dpo_loss")
+@pytest.mark.parametrize("loss_type", ["sigmoid", "robust", "ipo", "hinge"])
+def test_a_loss_type_read_from_a_file_will_do(loss_type):
+    """Names are compared by value: one put together at run time is another object with the same letters."""
+    read = "".join(list(loss_type))
+    same(losses_at(2.0, 0.3, loss_type=read), formula(loss_type, vector(2.0), 0.3, 0.0), 1e-12, what=f"the {loss_type} loss")
+
+
 # ---- IPO
 
 @grades("dpo_loss")

@@ -100,7 +100,7 @@ def test_float64_stays_float64():
 
 @grades("token_logps")
 def test_logits_of_another_text_are_refused():
-    for logits in (torch.zeros(2, 3, 4), torch.zeros(1, 4, 4)):
+    for logits in (torch.zeros(2, 3, 4), torch.zeros(2, 5, 4), torch.zeros(1, 4, 4), torch.zeros(3, 4, 4)):
         try:
             dpo.token_logps(logits, torch.zeros(2, 4, dtype=torch.long))
         except ValueError as error:
