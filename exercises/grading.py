@@ -182,7 +182,9 @@ def grade(**functions):
     grader = Grader(functions, "yours", only=[name for name in FUNCTIONS if name in functions])
     quiet = io.StringIO()
     with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-        code = pytest.main([str(ROOT / "tests"), f"--rootdir={ROOT}", "-q", "-p", "no:cacheprovider", "-W", "ignore"], plugins=[grader])
+        # no capture by pytest: it would take the file descriptors that a notebook's kernel listens to, and hang
+        code = pytest.main([str(ROOT / "tests"), f"--rootdir={ROOT}", "-q", "--capture=no", "-p", "no:cacheprovider", "-W", "ignore"],
+                           plugins=[grader])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise RuntimeError(f"the proofs could not be run:\n{quiet.getvalue()}")
     print(grader.summary())

@@ -52,18 +52,19 @@ def table(rows, header, align=None):
     """Show rows, lists of texts and numbers, under a header. align: "l" or "r" a column."""
     align = align or ["l"] + ["r"] * (len(header) - 1)
     cell = lambda v: f"{v:.3f}" if isinstance(v, float) else str(v).replace("|", "\\|")
-    lines = ["| " + " | ".join(header) + " |", "|" + "|".join("---:" if a == "r" else ":---" for a in align) + "|"]
+    lines = ["| " + " | ".join(map(cell, header)) + " |", "|" + "|".join("---:" if a == "r" else ":---" for a in align) + "|"]
     say("\n".join(lines + ["| " + " | ".join(cell(v) for v in row) + " |" for row in rows]))
 
 
-def slider(draw, **sliders):
-    """draw(**values) again whenever a slider is moved. Without a kernel there is nothing to move: every slider stands beside a
-    figure that says the same."""
+def slider(draw, **values):
+    """draw(name=value) again whenever a slider is moved; values: a list for each name. On a page without a kernel there is nothing
+    to move, so every slider stands beside a figure that says the same."""
     import ipywidgets
-    if os.environ.get("COURSE_STATIC"):
-        print("(Here is a slider when the notebook runs in Jupyter or VS Code.)")
-        return
-    ipywidgets.interact(draw, **sliders)
+    sliders = {name: ipywidgets.SelectionSlider(options=options, value=options[len(options) // 2], continuous_update=False)
+               for name, options in values.items()}
+    widget = ipywidgets.interactive(lambda **chosen: draw(**chosen), **sliders)
+    bundle = widget._repr_mimebundle_() | {"text/plain": "(a slider, when the notebook is run)"}
+    display(bundle, raw=True)
 
 
 def reference(texts=19_200):

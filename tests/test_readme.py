@@ -135,7 +135,14 @@ def test_the_table_of_claims_is_that_of_the_tests():
         named = {(file, test) for test, file in re.findall(r"\[`(\w+)`\]\(([\w./]+)\)", cell)}
         assert named == proofs.get(int(number), set()), f"claim {number}"
         assert named or cell == "waits for `rlhf.py`" and not (ROOT / "rlhf.py").exists(), f"claim {number} has no proof"
-        assert re.fullmatch(r"0\d(, 0\d)*", notebook), f"claim {number}: which notebook?"
+        for n in re.fullmatch(r"(\[?0\d.*?)", notebook)[0].split(", "):
+            there = list((ROOT / "notebooks").glob(f"{n.strip('[')[:2]}_*.ipynb"))
+            assert n == (f"[{n[1:3]}](notebooks/{there[0].name})" if there else n[:2]), f"claim {number}: notebook {n}"
+
+
+def test_every_notebook_is_in_the_course():
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        assert f"](notebooks/{path.name}) | " in README.split("## The course")[1].split("## Write it yourself")[0]
 
 
 def test_every_metric_that_is_logged_is_in_the_glossary(small_run):

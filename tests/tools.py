@@ -37,8 +37,8 @@ def same(got, want, tolerance, mistakes=None, what="the result"):
     """
     __tracebackhide__ = True
     assert got is not None, f"{what} is None: is a return missing?"
-    got, want = (torch.as_tensor(x, dtype=None if torch.is_tensor(x) else torch.float64) for x in (got, want))
-    mistakes = {k: torch.as_tensor(v) for k, v in (mistakes or {}).items()}
+    tensor = lambda x: x if torch.is_tensor(x) else torch.tensor(x, dtype=torch.float64)
+    got, want, mistakes = tensor(got), tensor(want), {k: tensor(v) for k, v in (mistakes or {}).items()}
     close = lambda other: (got.shape == other.shape
                            and torch.allclose(got.double(), other.double(), rtol=0, atol=tolerance * max(1.0, _size(other))))
     if close(want):
