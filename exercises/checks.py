@@ -107,3 +107,49 @@ def exercise_1_4(beta):
     kl = world.kl(world.optimal_policy(ref, reward, float(beta)), ref).item()
     assert abs(kl - 0.5) < 1e-3, (f"At beta = {beta:g} the KL is {kl:.4f} nats; wanted 0.5. "
                                   + ("Too tight a leash: a smaller beta." if kl < 0.5 else "Too long a leash: a larger beta."))
+
+
+# ---- 03 Training a policy
+
+@check
+def exercise_3_1(accuracy):
+    """accuracy(chosen_rewards, rejected_rewards): the share of pairs ranked as labelled, ties one half."""
+    chosen, rejected = torch.tensor([1.0, -2.0, 0.5, 0.0]), torch.tensor([0.0, -3.0, 1.0, 0.0])
+    tied = ask(accuracy, torch.zeros(4), torch.zeros(4))
+    same(torch.as_tensor(tied).double(), 0.5, 1e-6, {
+        "Ties count as wrong: at step 0 all pairs tie, and the accuracy must be 1/2.": 0.0,
+        "Ties count as right: at step 0 all pairs tie, and the accuracy must be 1/2.": 1.0}, what="The accuracy of ties")
+    same(torch.as_tensor(ask(accuracy, chosen, rejected)).double(), 2.5 / 4, 1e-6, {
+        "A sum; wanted the share of the pairs.": 2.5, "The sign is flipped: the chosen reward should be the larger.": 1.5 / 4},
+        what="The accuracy of four pairs")
+
+
+@check
+def exercise_3_2(kl_from_rewards):
+    """kl_from_rewards(chosen_rewards, rejected_rewards, beta): -mean of both rewards / beta."""
+    ref, reward = small_world(3)
+    pi = world.optimal_policy(ref, reward, 1.0)
+    for beta in (0.5, 1.0):
+        r = tabular.implicit_reward(pi, ref, beta)
+        y = torch.arange(5)
+        # every ordered pair as often as ref x ref draws it, in the end weighted exactly: 20,000 pairs in proportion
+        counts = (20_000 * ref.exp()[:, None] * ref.exp()[None, :]).round().long()
+        i, j = (t.expand(5, 5).flatten().repeat_interleave(counts.flatten()) for t in (y[:, None], y[None, :]))
+        kl = -(torch.cat([r[i], r[j]]).mean() / beta)
+        same(torch.as_tensor(ask(kl_from_rewards, r[i], r[j], beta)).double(), kl, 1e-6, {
+            "The sign is flipped: a KL is never negative.": -kl,
+            "beta is still in it: rewards are beta times a log-ratio.": kl * beta,
+            "That is the sum of the two means: the pair holds two samples; take the mean of both.": 2 * kl,
+            "That is the margin: the KL is in the mean of the two.": (r[i] - r[j]).mean() / beta}, what=f"The KL at beta = {beta:g}")
+
+
+@check
+def exercise_3_3(missing_mass):
+    """missing_mass(policy_logps, ref_logps) -> 1 - mean(pi/ref)."""
+    pi, ref = torch.tensor([0.5, 0.1]).double(), torch.tensor([0.25, 0.4]).double()
+    same(torch.as_tensor(ask(missing_mass, pi.log(), ref.log())).double(), 1 - (pi / ref).mean(), 1e-9, {
+        "The ratio is upside down: it is pi/ref, what the policy has left of what the reference writes.": 1 - (ref / pi).mean(),
+        "exp of a mean; wanted the mean of exp.": 1 - (pi / ref).log().mean().exp(),
+        "That is the mass that is still there; wanted what is missing, 1 minus it.": (pi / ref).mean(),
+        "The ratio of means; wanted the mean of ratios.": 1 - pi.mean() / ref.mean(),
+        "The policy's probability alone: divide by the reference's.": 1 - pi.mean()}, what="The missing mass")

@@ -34,3 +34,19 @@ def beta_for_half_a_nat():
         else:
             high = middle
     return middle
+
+
+# ---- 03
+
+
+def accuracy(chosen_rewards, rejected_rewards):
+    right, tied = chosen_rewards > rejected_rewards, chosen_rewards == rejected_rewards
+    return (right + 0.5 * tied).mean()
+
+
+def kl_from_rewards(chosen_rewards, rejected_rewards, beta):
+    return -(chosen_rewards.mean() + rejected_rewards.mean()) / 2 / beta
+
+
+def missing_mass(policy_logps, ref_logps):
+    return 1 - (policy_logps - ref_logps).exp().mean()

@@ -71,6 +71,19 @@ EXERCISES = {
         "beta is missing": lambda pi, ref, beta, i, j: (pi - ref)[i] - (pi - ref)[j],
         "The sign is flipped": lambda pi, ref, beta, i, j: beta * ((pi - ref)[j] - (pi - ref)[i]),
         "how likely, not how good": lambda pi, ref, beta, i, j: beta * (pi[i] - pi[j])}),
+    "3_1": (solutions.accuracy, {
+        "Ties count as wrong": lambda w, l: (w > l).float().mean(),
+        "Ties count as right": lambda w, l: (w >= l).float().mean(),
+        "wanted the share": lambda w, l: (w > l).sum() + 0.5 * (w == l).sum() if w.any() else 0.5,
+        "the chosen reward should be the larger": lambda w, l: solutions.accuracy(l, w)}),
+    "3_2": (solutions.kl_from_rewards, {
+        "a KL is never negative": lambda w, l, beta: -solutions.kl_from_rewards(w, l, beta),
+        "beta is still in it": lambda w, l, beta: solutions.kl_from_rewards(w, l, 1.0),
+        "take the mean of both": lambda w, l, beta: 2 * solutions.kl_from_rewards(w, l, beta)}),
+    "3_3": (solutions.missing_mass, {
+        "upside down": lambda p, q: solutions.missing_mass(q, p),
+        "exp of a mean": lambda p, q: 1 - (p - q).mean().exp(),
+        "what is missing": lambda p, q: (p - q).exp().mean()}),
     "1_4": (solutions.beta_for_half_a_nat(), {"a smaller beta": 50.0, "a larger beta": 0.01}),
 }
 
