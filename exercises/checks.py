@@ -153,3 +153,42 @@ def exercise_3_3(missing_mass):
         "That is the mass that is still there; wanted what is missing, 1 minus it.": (pi / ref).mean(),
         "The ratio of means; wanted the mean of ratios.": 1 - pi.mean() / ref.mean(),
         "The policy's probability alone: divide by the reference's.": 1 - pi.mean()}, what="The missing mass")
+
+
+# ---- 08 Find the bug
+
+def diagnose(number, answer, patient):
+    """Assert that the answer names the function of bug `number`; then say what it was."""
+    from exercises import find_the_bug                   # only here: it brings the whole project along
+    this = find_the_bug.bug(number)
+    where = find_the_bug.buggy_function(this)
+    assert isinstance(answer, str) and "." in answer, f"Patient {patient}: name a function as a text, like \"train.fit\"."
+    assert answer.split(".")[0] == where.split(".")[0], (
+        f"Patient {patient}: {answer} is sound, and so is all of its file. What else stands between the data and what looks ill?")
+    assert answer == where, f"Patient {patient}: the right file, but {answer} is sound. Which function there could do this?"
+    print(f"Patient {patient}, {where}: {this['pitfall']} {this['why']}")
+
+
+@check
+def exercise_8_1(answer):
+    """Patient A: chosen and rejected."""
+    diagnose(34, answer, "A")
+
+
+@check
+def exercise_8_2(answer):
+    """Patient B: it never stops."""
+    diagnose(28, answer, "B")
+
+
+@check
+def exercise_8_3(answer):
+    """Patient C: the same weights, other answers."""
+    diagnose(41, answer, "C")
+
+
+@check
+def exercise_8_4(d, e, f):
+    """Patients D, E, F: what no curve shows."""
+    for number, answer, patient in ((15, d, "D"), (45, e, "E"), (38, f, "F")):
+        diagnose(number, answer, patient)

@@ -75,13 +75,27 @@ def functions(module):
     return found
 
 
-@contextlib.contextmanager
-def in_effect(change):
-    """With this, the change is made: every function that it touches runs the changed code, wherever it was imported."""
+def changed_module(change):
+    """The module of a change, and the same executed with the change made."""
     module = importlib.import_module(Path(change["file"]).stem)
     changed = types.ModuleType(module.__name__)
     changed.__file__ = module.__file__
     exec(compile(buggy_source(change), module.__file__, "exec"), changed.__dict__)
+    return module, changed
+
+
+def buggy_function(change):
+    """The name of the function that a change is in, such as "data.pad" or "model.GPT.hidden"."""
+    line = (ROOT / change["file"]).read_text(encoding="utf-8").split(change["old"])[0].count("\n") + 1
+    module = importlib.import_module(Path(change["file"]).stem)
+    inside = {name: f.__code__.co_firstlineno for name, f in functions(module).items() if f.__code__.co_firstlineno <= line}
+    return f"{module.__name__}.{max(inside, key=inside.get)}"
+
+
+@contextlib.contextmanager
+def in_effect(change):
+    """With this, the change is made: every function that it touches runs the changed code, wherever it was imported."""
+    module, changed = changed_module(change)
     after, before = functions(changed), {}
     for name, function in functions(module).items():
         if function.__code__ != after[name].__code__ or function.__defaults__ != after[name].__defaults__:
@@ -254,7 +268,7 @@ def symptom(number):
     this = bug(number)
     if "show" in this:
         lines = []
-        with tqdm(total=2 * len(this["show"]), desc="without and with the bug", leave=False) as bar:
+        with tqdm(total=2 * len(this["show"]), desc="without and with the bug", leave=False, disable=None) as bar:
             for expression in this["show"]:
                 healthy = value_of(expression)
                 bar.update()
@@ -263,7 +277,7 @@ def symptom(number):
                 bar.update()
                 lines += [expression, f"    healthy   {healthy}", f"    buggy     {buggy}", ""]
         return "\n".join(lines)
-    with tqdm(total=2, desc="two short runs, about 15 s each", unit="run", leave=False) as bar:
+    with tqdm(total=2, desc="two short runs, about 15 s each", unit="run", leave=False, disable=None) as bar:
         healthy, healthy_answers = training_figures(this["train"])
         bar.update()
         with in_effect(this):

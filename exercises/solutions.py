@@ -50,3 +50,8 @@ def kl_from_rewards(chosen_rewards, rejected_rewards, beta):
 
 def missing_mass(policy_logps, ref_logps):
     return 1 - (policy_logps - ref_logps).exp().mean()
+
+
+# ---- 08: where the bugs sit
+
+PATIENTS = {"A": "data.collate", "B": "data.pad", "C": "model.GPT.hidden", "D": "dpo.dpo_loss", "E": "model.sample", "F": "world.kl"}

@@ -84,6 +84,9 @@ EXERCISES = {
         "upside down": lambda p, q: solutions.missing_mass(q, p),
         "exp of a mean": lambda p, q: 1 - (p - q).mean().exp(),
         "what is missing": lambda p, q: (p - q).exp().mean()}),
+    "8_1": ("data.collate", {"the right file": "data.pad", "so is all of its file": "train.fit", "name a function": "collate"}),
+    "8_2": ("data.pad", {"the right file": "data.collate", "so is all of its file": "model.GPT.generate"}),
+    "8_3": ("model.GPT.hidden", {"the right file": "model.GPT.generate", "so is all of its file": "world.Trie.logps"}),
     "1_4": (solutions.beta_for_half_a_nat(), {"a smaller beta": 50.0, "a larger beta": 0.01}),
 }
 
@@ -101,9 +104,18 @@ def test_an_exercises_check_knows_right_from_wrong(name, capsys):
     assert not check(lambda *args: 1 / 0 if args else 0) and "not yet" in capsys.readouterr().out, "an error in the answer is reported"
 
 
+def test_the_last_patients(capsys):
+    """Exercise 8.4 asks for three functions at once; the solutions are those of solutions.PATIENTS, and all of 08's."""
+    assert not checks.exercise_8_4(..., ..., ...) and "not started" in capsys.readouterr().out
+    assert not checks.exercise_8_4("dpo.dpo_loss", "model.sample", "world.win_rate")
+    assert "Patient F: the right file" in capsys.readouterr().out
+    assert checks.exercise_8_4(*(solutions.PATIENTS[p] for p in "DEF"))
+    assert all(getattr(checks, f"exercise_8_{i}")(solutions.PATIENTS[p]) for i, p in ((1, "A"), (2, "B"), (3, "C")))
+
+
 def test_every_exercise_of_the_notebooks_is_here():
     asked = {name for path in NOTEBOOKS for c in code_cells(path) for name in re.findall(r"checks\.exercise_(\d_\d)", c.source)}
-    assert asked == set(EXERCISES)
+    assert asked == set(EXERCISES) | {"8_4"}
 
 
 def test_the_solution_of_exercise_4_by_another_way():
