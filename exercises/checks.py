@@ -14,7 +14,7 @@ import torch  # noqa: E402
 
 import tabular  # noqa: E402
 import world  # noqa: E402
-from tools import same  # noqa: E402
+from tools import assert_same  # noqa: E402
 
 
 def check(function):
@@ -65,7 +65,7 @@ def exercise_1_1(objective):
     kl = sum(a * math.log(a / b) for a, b in zip(p, q))
     other = sum(b * math.log(b / a) for a, b in zip(p, q))
     for beta in (0.5, 2.0):
-        same(ask(objective, p, q, r, beta), 0.6 - beta * kl, 1e-9, {
+        assert_same(ask(objective, p, q, r, beta), 0.6 - beta * kl, 1e-9, {
             "That is E[r] alone: the KL is missing.": 0.6, "The KL is added; Eq. 3 subtracts it.": 0.6 + beta * kl,
             "beta is missing before the KL.": 0.6 - kl, "That is KL(ref || pi): the expectation is under the policy.": 0.6 - beta * other,
             "The reward is averaged over responses, not over the policy.": 0 - beta * kl}, what=f"J at beta = {beta:g}")
@@ -79,7 +79,7 @@ def exercise_1_2(optimal_policy):
         want = ref + reward / beta
         want = want - want.logsumexp(-1)
         got = ask(optimal_policy, ref, reward, beta)
-        same(got, want, 1e-9, {
+        assert_same(got, want, 1e-9, {
             "It does not sum to 1: divide by Z, that is, subtract log Z.": ref + reward / beta,
             "beta stands the wrong way round: a larger beta keeps closer to the reference.": torch.log_softmax(ref + reward * beta, -1),
             "beta is missing: exp(r / beta).": torch.log_softmax(ref + reward, -1),
@@ -93,7 +93,7 @@ def exercise_1_3(reward_difference):
     ref, reward = small_world(1)
     for beta in (0.5, 2.0):
         star = world.optimal_policy(ref, reward, beta)
-        same(ask(reward_difference, star, ref, beta, 3, 1), reward[3] - reward[1], 1e-9, {
+        assert_same(ask(reward_difference, star, ref, beta, 3, 1), reward[3] - reward[1], 1e-9, {
             "beta is missing.": (reward[3] - reward[1]) / beta, "The sign is flipped.": reward[1] - reward[3],
             "The reference is missing: log pi* alone says how likely, not how good.": beta * (star[3] - star[1]),
             "log Z is in it once: in a difference of one prompt it cancels.":
@@ -116,10 +116,10 @@ def exercise_3_1(accuracy):
     """accuracy(chosen_rewards, rejected_rewards): the share of pairs ranked as labelled, ties one half."""
     chosen, rejected = torch.tensor([1.0, -2.0, 0.5, 0.0]), torch.tensor([0.0, -3.0, 1.0, 0.0])
     tied = ask(accuracy, torch.zeros(4), torch.zeros(4))
-    same(torch.as_tensor(tied).double(), 0.5, 1e-6, {
+    assert_same(torch.as_tensor(tied).double(), 0.5, 1e-6, {
         "Ties count as wrong: at step 0 all pairs tie, and the accuracy must be 1/2.": 0.0,
         "Ties count as right: at step 0 all pairs tie, and the accuracy must be 1/2.": 1.0}, what="The accuracy of ties")
-    same(torch.as_tensor(ask(accuracy, chosen, rejected)).double(), 2.5 / 4, 1e-6, {
+    assert_same(torch.as_tensor(ask(accuracy, chosen, rejected)).double(), 2.5 / 4, 1e-6, {
         "A sum; wanted the share of the pairs.": 2.5, "The sign is flipped: the chosen reward should be the larger.": 1.5 / 4},
         what="The accuracy of four pairs")
 
@@ -136,7 +136,7 @@ def exercise_3_2(kl_from_rewards):
         counts = (20_000 * ref.exp()[:, None] * ref.exp()[None, :]).round().long()
         i, j = (t.expand(5, 5).flatten().repeat_interleave(counts.flatten()) for t in (y[:, None], y[None, :]))
         kl = -(torch.cat([r[i], r[j]]).mean() / beta)
-        same(torch.as_tensor(ask(kl_from_rewards, r[i], r[j], beta)).double(), kl, 1e-6, {
+        assert_same(torch.as_tensor(ask(kl_from_rewards, r[i], r[j], beta)).double(), kl, 1e-6, {
             "The sign is flipped: a KL is never negative.": -kl,
             "beta is still in it: rewards are beta times a log-ratio.": kl * beta,
             "That is the sum of the two means: the pair holds two samples; take the mean of both.": 2 * kl,
@@ -147,7 +147,7 @@ def exercise_3_2(kl_from_rewards):
 def exercise_3_3(missing_mass):
     """missing_mass(policy_logps, ref_logps) -> 1 - mean(pi/ref)."""
     pi, ref = torch.tensor([0.5, 0.1]).double(), torch.tensor([0.25, 0.4]).double()
-    same(torch.as_tensor(ask(missing_mass, pi.log(), ref.log())).double(), 1 - (pi / ref).mean(), 1e-9, {
+    assert_same(torch.as_tensor(ask(missing_mass, pi.log(), ref.log())).double(), 1 - (pi / ref).mean(), 1e-9, {
         "The ratio is upside down: it is pi/ref, what the policy has left of what the reference writes.": 1 - (ref / pi).mean(),
         "exp of a mean; wanted the mean of exp.": 1 - (pi / ref).log().mean().exp(),
         "That is the mass that is still there; wanted what is missing, 1 minus it.": (pi / ref).mean(),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import dpo
 import tabular
 import world
-from tools import Bare, betas, grades, numbers, same, softplus, vector, worlds
+from tools import Bare, betas, grades, numbers, assert_same, softplus, vector, worlds
 
 LN2 = math.log(2)
 
@@ -59,7 +59,7 @@ def four(n=50, scale=5):
 def test_h_is_the_policys_log_ratio_minus_the_references():
     """h = [log pi(y_w) - log pi(y_l)] - [log ref(y_w) - log ref(y_l)], Eq. 7 without beta."""
     w, l, rw, rl = four()
-    same(dpo.preference_logits(w, l, rw, rl), vector(*(a - b - c + d for a, b, c, d in zip(*(t.tolist() for t in (w, l, rw, rl))))),
+    assert_same(dpo.preference_logits(w, l, rw, rl), vector(*(a - b - c + d for a, b, c, d in zip(*(t.tolist() for t in (w, l, rw, rl))))),
          1e-12, {"the reference is ignored": w - l, "the reference's log-ratio has the wrong sign": (w - l) + (rw - rl),
                  "chosen and rejected are swapped": (l - w) - (rl - rw),
                  "beta = 0.1 is in it: h has none": 0.1 * ((w - l) - (rw - rl))}, what="h")
@@ -70,7 +70,7 @@ def test_h_is_the_policys_log_ratio_minus_the_references():
 def test_the_loss_is_minus_log_sigma_of_beta_h(beta):
     """Eq. 7, 50 random pairs, against log1p and exp."""
     w, l, rw, rl = four(scale=2)
-    same(dpo.dpo_loss(w, l, rw, rl, beta=beta)[0], softplus(-beta * ((w - l) - (rw - rl))), 1e-12,
+    assert_same(dpo.dpo_loss(w, l, rw, rl, beta=beta)[0], softplus(-beta * ((w - l) - (rw - rl))), 1e-12,
          loss_mistakes(w, l, rw, rl, beta), what="the loss")
 
 
@@ -80,8 +80,8 @@ def test_the_rewards_are_beta_times_the_log_ratio(beta):
     """r^ = beta log(pi/ref), section 4, chosen and rejected."""
     w, l, rw, rl = four(scale=2)
     _, chosen, rejected = dpo.dpo_loss(w, l, rw, rl, beta=beta)
-    same(chosen, beta * (w - rw), 1e-12, reward_mistakes(w, rw, beta), what="the chosen reward")
-    same(rejected, beta * (l - rl), 1e-12, reward_mistakes(l, rl, beta), what="the rejected reward")
+    assert_same(chosen, beta * (w - rw), 1e-12, reward_mistakes(w, rw, beta), what="the chosen reward")
+    assert_same(rejected, beta * (l - rl), 1e-12, reward_mistakes(l, rl, beta), what="the rejected reward")
 
 
 @grades("dpo_loss")
@@ -89,7 +89,7 @@ def test_the_rewards_are_beta_times_the_log_ratio(beta):
 def test_the_loss_is_minus_log_sigma_of_the_reward_margin(logps, beta):
     """For every pair and beta. Rewards without beta, or with beta twice, break this for every beta but 1."""
     losses, chosen, rejected = dpo.dpo_loss(*logps[:, None], beta=beta)
-    same(losses, softplus(-(chosen - rejected)), 1e-10 * max(1, beta), {
+    assert_same(losses, softplus(-(chosen - rejected)), 1e-10 * max(1, beta), {
         "the rewards lack beta": softplus(-(chosen - rejected) * beta), "the rewards hold beta twice":
         softplus(-(chosen - rejected) / beta)}, what="the loss, from the rewards' margin")
 
@@ -104,9 +104,9 @@ def test_finite_and_right_at_extreme_margins(dtype, tolerance, h, beta):
     zero = torch.zeros(1, dtype=dtype)
     losses = dpo.dpo_loss(x, zero, zero, zero, beta=beta)[0]
     assert losses.isfinite().all(), f"the loss at beta h = {beta * h:g} is {losses.item()}: log(sigmoid(x)) underflows, logsigmoid does not"
-    same(losses.detach().double(), softplus(-beta * x.detach().double()), tolerance, what=f"the loss at h = {h:g}")
+    assert_same(losses.detach().double(), softplus(-beta * x.detach().double()), tolerance, what=f"the loss at h = {h:g}")
     slope = torch.autograd.grad(losses.sum(), x)[0]
-    same(slope.double(), -beta * torch.sigmoid(-beta * x.detach().double()), 2 * tolerance, what=f"the slope at h = {h:g}")
+    assert_same(slope.double(), -beta * torch.sigmoid(-beta * x.detach().double()), 2 * tolerance, what=f"the slope at h = {h:g}")
 
 
 @grades("dpo_loss")
@@ -151,7 +151,7 @@ def test_shapes_that_would_broadcast_are_refused():
 @grades("dpo_loss")
 def test_defaults_are_plain_dpo_at_beta_one_tenth():
     w, l, rw, rl = four()
-    same(dpo.dpo_loss(w, l, rw, rl)[0], softplus(-0.1 * ((w - l) - (rw - rl))), 1e-12, what="the loss without options")
+    assert_same(dpo.dpo_loss(w, l, rw, rl)[0], softplus(-0.1 * ((w - l) - (rw - rl))), 1e-12, what="the loss without options")
 
 
 # ---- What the loss means
@@ -162,11 +162,11 @@ def test_at_the_reference_the_loss_is_ln2_and_the_gradient_is_not_zero():
     w, l, rw, rl = four(4)
     w, l = rw.clone().requires_grad_(), rl.clone().requires_grad_()
     losses, chosen, rejected = dpo.dpo_loss(w, l, rw, rl, beta=0.3)
-    same(losses.detach(), torch.full_like(rw, LN2), 1e-15, what="the loss at pi = ref")
+    assert_same(losses.detach(), torch.full_like(rw, LN2), 1e-15, what="the loss at pi = ref")
     assert not chosen.any() and not rejected.any(), "at pi = ref every implicit reward is exactly 0"
     grad_w, grad_l = torch.autograd.grad(losses.sum(), (w, l))
-    same(grad_w, torch.full_like(rw, -0.15), 1e-15, {"beta is lost": torch.full_like(rw, -0.5)}, what="dL/dlog pi(y_w)")
-    same(grad_l, torch.full_like(rl, 0.15), 1e-15, what="dL/dlog pi(y_l)")
+    assert_same(grad_w, torch.full_like(rw, -0.15), 1e-15, {"beta is lost": torch.full_like(rw, -0.5)}, what="dL/dlog pi(y_w)")
+    assert_same(grad_l, torch.full_like(rl, 0.15), 1e-15, what="dL/dlog pi(y_l)")
 
 
 @grades("dpo_loss")
@@ -175,7 +175,7 @@ def test_the_reference_matters_through_its_log_ratio_only(logps, c, beta):
     """Claim 10. c(x) added to both reference log-probs changes nothing; added to one it changes h, and so the loss."""
     w, l, rw, rl = logps[:, None]
     losses, _, _ = dpo.dpo_loss(w, l, rw, rl, beta=beta)
-    same(dpo.dpo_loss(w, l, rw + c, rl + c, beta=beta)[0], losses, 1e-10 * max(1, beta), what="the loss with c(x) added to both")
+    assert_same(dpo.dpo_loss(w, l, rw + c, rl + c, beta=beta)[0], losses, 1e-10 * max(1, beta), what="the loss with c(x) added to both")
     h = ((w - l) - (rw - rl)).item()
     assume(abs(beta * h) < 10 and beta > 0.01)         # where sigma is flat no change is seen
     assert dpo.dpo_loss(w, l, rw + 1, rl, beta=beta)[0] > losses, \
@@ -212,8 +212,8 @@ def test_the_excess_loss_is_a_kl_between_preferences(drawn, beta):
     excess = (q[:, None] * q[None, :] * (plogp(p_star) + plogp(1 - p_star) + p_star * softplus(-s) + (1 - p_star) * softplus(s))).sum()
     star = world.optimal_policy(ref, reward, beta)
     least = tabular.population_loss(star, ref, p_star, beta)
-    same(least, entropy, 1e-9, what="the loss at pi*")
-    same(tabular.population_loss(pi, ref, p_star, beta) - least, excess, 1e-9, what="the excess loss")
+    assert_same(least, entropy, 1e-9, what="the loss at pi*")
+    assert_same(tabular.population_loss(pi, ref, p_star, beta) - least, excess, 1e-9, what="the excess loss")
     assert excess > -1e-12
 
 
@@ -232,7 +232,7 @@ def test_plackett_luce_over_all_rankings():
         assert before == pytest.approx(1 / (1 + math.exp(reward[j] - reward[i])), abs=1e-12)
     pi = torch.log_softmax(torch.randn(4, dtype=torch.float64), -1)
     h = (pi[2] - pi[1]) - (ref[2] - ref[1])
-    same(tabular.plackett_luce_loss(pi, ref, [2, 1], beta=0.4), softplus(-0.4 * h), 1e-12, what="Eq. 20 for two responses")
+    assert_same(tabular.plackett_luce_loss(pi, ref, [2, 1], beta=0.4), softplus(-0.4 * h), 1e-12, what="Eq. 20 for two responses")
 
 
 # ---- How fast, and how far
@@ -250,7 +250,7 @@ def test_one_deterministic_pair_grows_without_bound(beta, time):
         logps = torch.log_softmax(theta, -1)
         return dpo.dpo_loss(logps[:1], logps[1:2], ref[:1], ref[1:2], beta=beta)[0].sum()
     h = h_of(tabular.gradient_flow(loss, ref, time))
-    same(torch.exp(beta * h) + beta * h, vector(1 + 2 * beta ** 2 * time)[0], 1e-8,
+    assert_same(torch.exp(beta * h) + beta * h, vector(1 + 2 * beta ** 2 * time)[0], 1e-8,
          {"beta is lost in the gradient": torch.exp(h) + h}, what="e^(beta h) + beta h")
     assert h > 0
 
@@ -262,7 +262,7 @@ def test_without_the_weight_the_margin_grows_linearly():
     ref = torch.log_softmax(torch.randn(4, dtype=torch.float64), -1)
     h_of = lambda theta: (theta[0] - theta[1]) - (ref[0] - ref[1])
     theta = tabular.gradient_flow(lambda theta: -beta * h_of(torch.log_softmax(theta, -1)), ref, time)
-    same(h_of(theta), vector(2 * beta * time)[0], 1e-10, what="h without the weight")
+    assert_same(h_of(theta), vector(2 * beta * time)[0], 1e-10, what="h without the weight")
     weighted = tabular.gradient_flow(lambda theta: softplus(-beta * h_of(torch.log_softmax(theta, -1))), ref, time)
     assert 0 < h_of(weighted) < h_of(theta) / 2
 
@@ -286,7 +286,7 @@ def test_the_curvature_is_a_graph_laplacian():
     h = (theta - ref)[:, None] - (theta - ref)[None, :]
     # both labels of a comparison bend alike: sigma(x) sigma(-x) is even, so the labels' noise does not enter
     weights = 2 * drawn * torch.sigmoid(beta * h) * torch.sigmoid(-beta * h)
-    same(hessian, beta ** 2 * tabular.laplacian(weights), 1e-12, {
+    assert_same(hessian, beta ** 2 * tabular.laplacian(weights), 1e-12, {
         "beta^2 is lost": tabular.laplacian(weights), "beta once instead of twice": beta * tabular.laplacian(weights)}, what="the Hessian")
     eigenvalues = torch.linalg.eigvalsh(hessian)
     assert eigenvalues.min() > -1e-12 and (eigenvalues < 1e-10).sum() == 2
@@ -303,7 +303,7 @@ def test_the_curvature_is_a_graph_laplacian():
         leaf = theta.clone().requires_grad_()
         theta = theta - eta * torch.autograd.grad(loss(leaf), leaf)[0]
         size.append((theta - star) @ directions[:, 1])             # what is left in the slowest one
-    same(size[3] / size[2], 1 - eta * eigenvalues[1], 1e-3, what="what a step leaves of the slowest direction")
+    assert_same(size[3] / size[2], 1 - eta * eigenvalues[1], 1e-3, what="what a step leaves of the slowest direction")
     left = (theta - star - (theta - star).mean()).norm()
     assert left < 2 * 1e-4 * (n - 1) ** 0.5 * (1 - eta * eigenvalues[1]) ** 40 + 1e-12
 
@@ -320,12 +320,12 @@ def test_regressing_reward_differences_has_the_same_target_and_more_curvature():
     star = world.optimal_policy(ref, reward, beta)
     assert tabular.total_variation(torch.log_softmax(tabular.minimise(regression, ref), -1), star) < 1e-8
     hessian = torch.autograd.functional.hessian(regression, star)
-    same(hessian, beta ** 2 * tabular.laplacian(2 * drawn), 1e-12, what="the regression's Hessian")
+    assert_same(hessian, beta ** 2 * tabular.laplacian(2 * drawn), 1e-12, what="the regression's Hessian")
     for theta in (ref, star, torch.randn(n, dtype=torch.float64)):
         gap = torch.linalg.eigvalsh(hessian - 4 * torch.autograd.functional.hessian(loss, theta))
         assert gap.min() > -1e-12, "sigma(x) sigma(-x) is at most 1/4"
     at_ref = torch.autograd.functional.hessian(loss, ref)
-    same(hessian, 4 * at_ref, 1e-12, what="four times DPO's curvature at the reference, where sigma(0) = 1/2,")
+    assert_same(hessian, 4 * at_ref, 1e-12, what="four times DPO's curvature at the reference, where sigma(0) = 1/2,")
 
 
 # ---- The gradient: the weight, the analytic form, and the check
@@ -335,7 +335,7 @@ def test_regressing_reward_differences_has_the_same_target_and_more_curvature():
 def test_the_weight_is_sigma_of_rejected_minus_chosen(rewards):
     """Section 4: near 1 where the implicit reward ranks the pair wrongly, 1/2 where it sees no difference."""
     chosen, rejected = rewards[:, None]
-    same(dpo.gradient_weight(chosen, rejected), 1 / (1 + torch.exp(chosen - rejected)), 1e-12, {
+    assert_same(dpo.gradient_weight(chosen, rejected), 1 / (1 + torch.exp(chosen - rejected)), 1e-12, {
         "the sign is flipped: sigma(r^_l - r^_w) is large where the pair is ranked WRONGLY": 1 / (1 + torch.exp(rejected - chosen)),
         "that is the log of the weight": -softplus(chosen - rejected)}, what="the weight")
 
@@ -343,7 +343,7 @@ def test_the_weight_is_sigma_of_rejected_minus_chosen(rewards):
 @grades("gradient_weight")
 def test_the_weight_at_no_difference_and_at_extremes():
     """1/2 at the reference (claim 8); 0 and 1, not nan, at margins of +-1e4."""
-    same(dpo.gradient_weight(vector(0, 3, 1e4, -1e4), vector(0, 3, 0, 0)), vector(0.5, 0.5, 0, 1), 1e-12, what="the weight")
+    assert_same(dpo.gradient_weight(vector(0, 3, 1e4, -1e4), vector(0, 3, 0, 0)), vector(0.5, 0.5, 0, 1), 1e-12, what="the weight")
 
 
 def pair_gradients(policy, batch):
@@ -378,7 +378,7 @@ def test_analytic_gradient_against_one_pair_at_a_time(tiny, beta):
     assert gradient is not None, "analytic_gradient returned None: is a return missing?"
     for part, p in zip(gradient, tiny[0].parameters(), strict=True):
         assert part.shape == p.shape, "a list of tensors, one a parameter, in the order of policy.parameters()"
-    same(torch.cat([g.flatten() for g in gradient]), weighted_gradient(*tiny, beta, lambda w, l: sigma(l - w)), 1e-12, {
+    assert_same(torch.cat([g.flatten() for g in gradient]), weighted_gradient(*tiny, beta, lambda w, l: sigma(l - w)), 1e-12, {
         "the weight's sign is flipped: it is sigma(r^_l - r^_w), large for pairs ranked wrongly": mistake(lambda w, l: sigma(w - l)),
         "the weight is missing": mistake(lambda w, l: 1),
         "the weight lacks beta: it is sigma of rewards, and rewards hold beta": mistake(lambda w, l: sigma((l - w) / beta)),
@@ -402,7 +402,7 @@ def test_analytic_gradient_is_autograd_of_the_loss(tiny):
     autograd = torch.autograd.grad(softplus(-beta * h).mean(), params)
     for ours, theirs in zip(dpo.analytic_gradient(policy, batch, beta), autograd, strict=True):
         assert theirs.abs().max() > 1e-6, "a gradient of zeros would pass any comparison with zeros"
-        same(ours, theirs, 1e-9, {"a sum over pairs; wanted the mean": 3 * theirs}, what="the gradient of a parameter")
+        assert_same(ours, theirs, 1e-9, {"a sum over pairs; wanted the mean": 3 * theirs}, what="the gradient of a parameter")
 
 
 @grades("analytic_gradient")
@@ -410,7 +410,7 @@ def test_any_module_that_maps_tokens_to_logits_will_do(tiny):
     """Not only model.GPT, whose head can run on some positions alone: the same gradient through full logits (1e-12)."""
     policy, batch = tiny
     for a, b in zip(dpo.analytic_gradient(Bare(policy), batch, 0.7), dpo.analytic_gradient(policy, batch, 0.7), strict=True):
-        same(a, b, 1e-12, what="the gradient of a module without hidden()")
+        assert_same(a, b, 1e-12, what="the gradient of a module without hidden()")
 
 
 @grades("central_differences")
@@ -419,12 +419,12 @@ def test_central_differences_of_a_cubic():
     x = vector(1.0, -2.0, 0.5)
     for eps in (1e-5, 1e-3):
         right = 3 * x ** 2
-        same(dpo.central_differences(lambda: (x ** 3).sum(), x, eps), right + eps ** 2, 1e-9, {
+        assert_same(dpo.central_differences(lambda: (x ** 3).sum(), x, eps), right + eps ** 2, 1e-9, {
             "(up - down) must be divided by 2 eps": 2 * right + 2 * eps ** 2,
             "one-sided: move the entry both ways": right + 3 * x * eps + eps ** 2}, what="the differences")
         assert torch.equal(x, vector(1.0, -2.0, 0.5)), "every entry must be put back as it was"
     matrix = torch.randn(2, 3, dtype=torch.float64)
-    same(dpo.central_differences(lambda: (matrix ** 2).sum(), matrix), 2 * matrix, 1e-8, what="the differences of a matrix")
+    assert_same(dpo.central_differences(lambda: (matrix ** 2).sum(), matrix), 2 * matrix, 1e-8, what="the differences of a matrix")
 
 
 @grades("central_differences")
@@ -436,7 +436,7 @@ def test_central_differences_of_a_parameter():
     def f():
         asked.append(x.detach().clone())
         return (x ** 2).sum()
-    same(dpo.central_differences(f, x), 2 * x.detach(), 1e-8, what="the differences")
+    assert_same(dpo.central_differences(f, x), 2 * x.detach(), 1e-8, what="the differences")
     moves = torch.stack(asked) - x.detach()
     assert len(asked) == 4 and moves.abs().max().item() == pytest.approx(1e-5, rel=1e-6), "each entry, by eps both ways"
 
@@ -463,10 +463,10 @@ def test_the_check_reports_the_size_of_the_gradient(tiny):
     weights = [0.7 / (1 + math.exp(0.7 * (w - rw - l + rl))) / 3 for (w, _, l, _), rw, rl in
                zip(pair_gradients(policy, batch), batch["ref_chosen_logps"].tolist(), batch["ref_rejected_logps"].tolist())]
     for name in ("log pi(y_w|x)", "log pi(y_l|x)"):
-        same(rows[name][3], vector(max(weights))[0], 1e-12, {"beta is missing": vector(max(weights) / 0.7)[0],
+        assert_same(rows[name][3], vector(max(weights))[0], 1e-12, {"beta is missing": vector(max(weights) / 0.7)[0],
              "a sum over pairs; wanted the mean": vector(max(weights) * 3)[0]}, what=f"the largest entry for {name}")
     largest = max(abs(v) for v in weighted_gradient(policy, batch, 0.7, lambda w, l: 1 / (1 + math.exp(w - l))).tolist())
-    same(max(row[3] for name, row in rows.items() if "log" not in name), vector(largest)[0], 1e-12, what="the largest entry for a parameter")
+    assert_same(max(row[3] for name, row in rows.items() if "log" not in name), vector(largest)[0], 1e-12, what="the largest entry for a parameter")
 
 
 @grades("gradient_check")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import dpo
 import tabular
 import world
-from tools import betas, grades, same, softplus, vector, worlds
+from tools import betas, grades, assert_same, softplus, vector, worlds
 
 V, T = 3, 3
 
@@ -36,12 +36,12 @@ def test_soft_value_iteration_is_the_optimal_policy(tree):
     z = 0.0
     for y in itertools.product(range(V), repeat=T):
         z += math.exp(sum(ref[t][y[:t + 1]].item() for t in range(T))) * math.exp(reward[y].item() / beta)
-    same(values[0], vector(beta * math.log(z))[0], 1e-10, {"beta is lost: V(s_0) = beta log Z": vector(math.log(z))[0]}, what="V(s_0)")
+    assert_same(values[0], vector(beta * math.log(z))[0], 1e-10, {"beta is lost: V(s_0) = beta log Z": vector(math.log(z))[0]}, what="V(s_0)")
     for level in policy:
-        same(level.exp().sum(-1), torch.ones(level.shape[:-1], dtype=torch.float64), 1e-12, what="a token's policy, summed,")
+        assert_same(level.exp().sum(-1), torch.ones(level.shape[:-1], dtype=torch.float64), 1e-12, what="a token's policy, summed,")
     for y in itertools.product(range(V), repeat=T):
         star = math.exp(sum(ref[t][y[:t + 1]].item() for t in range(T)) + reward[y].item() / beta) / z
-        same(sum(policy[t][y[:t + 1]] for t in range(T)).exp(), vector(star)[0], 1e-10, what=f"pi*{y}")
+        assert_same(sum(policy[t][y[:t + 1]] for t in range(T)).exp(), vector(star)[0], 1e-10, what=f"pi*{y}")
 
 
 def test_token_log_ratios_add_up_to_the_advantage(tree):
@@ -52,10 +52,10 @@ def test_token_log_ratios_add_up_to_the_advantage(tree):
         values, policy = tabular.soft_value_iteration(ref, token_rewards, beta)
         ratios = [beta * (pi - q) for pi, q in zip(policy, ref)]
         total = tabular.along(token_rewards)[-1]
-        same(tabular.along(ratios)[-1], total - values[0], 1e-10, {"V(s_0) is missing": total}, what="the sum of token rewards")
+        assert_same(tabular.along(ratios)[-1], total - values[0], 1e-10, {"V(s_0) is missing": total}, what="the sum of token rewards")
         for t in range(T):
             for s in itertools.product(range(V), repeat=t + 1):
-                same(ratios[t][s], token_rewards[t][s] + values[t + 1][s] - values[t][s[:-1]], 1e-10, what=f"the token {s}")
+                assert_same(ratios[t][s], token_rewards[t][s] + values[t + 1][s] - values[t][s[:-1]], 1e-10, what=f"the token {s}")
 
 
 def test_prefix_sums_are_what_the_prefix_promises(tree):
@@ -70,7 +70,7 @@ def test_prefix_sums_are_what_the_prefix_promises(tree):
             for rest in itertools.product(range(V), repeat=T - t - 1):
                 y = prefix + rest
                 promise += math.exp(sum(ref[k][y[:k + 1]].item() for k in range(t + 1, T)) + reward[y].item() / beta)
-            same(sums[t][prefix], beta * math.log(promise) - values[0], 1e-10, what=f"the prefix {prefix}")
+            assert_same(sums[t][prefix], beta * math.log(promise) - values[0], 1e-10, what=f"the prefix {prefix}")
 
 
 @given(worlds(policies=1), betas)
@@ -81,7 +81,7 @@ def test_the_mean_implicit_reward_reads_off_a_kl(drawn, beta):
     ref, _, pi = drawn
     rewards = tabular.implicit_reward(pi, ref, beta)
     mean = (ref.exp() * rewards).sum()
-    same(mean, vector(-beta * math.fsum(math.exp(q) * (q - p) for q, p in zip(ref.tolist(), pi.tolist())))[0], 1e-10, {
+    assert_same(mean, vector(-beta * math.fsum(math.exp(q) * (q - p) for q, p in zip(ref.tolist(), pi.tolist())))[0], 1e-10, {
         "KL(pi || ref) is the other direction": -beta * world.kl(pi, ref)}, what="E_ref[r^]")
     assert mean <= 1e-12 * max(1, beta)
 
@@ -97,11 +97,11 @@ def test_a_tabular_pair_alone_cannot_lower_the_chosen(drawn, beta):
     loss = dpo.dpo_loss(logps[:1], logps[1:2], ref[:1], ref[1:2], beta=beta)[0].sum()
     step = -torch.autograd.grad(loss, theta, retain_graph=True)[0]
     assert step[0] >= 0 and (step[2:].abs() <= 1e-12 * max(1, beta)).all(), "only the two logits of the pair are moved"
-    same(step[1], -step[0], 1e-12 * max(1, beta), what="the step of the rejected logit")
+    assert_same(step[1], -step[0], 1e-12 * max(1, beta), what="the step of the rejected logit")
     direction = vector(1, -1, 0, 0)
     change = torch.autograd.functional.jvp(lambda t: torch.log_softmax(t, -1), theta.detach(), direction)[1]
     p = torch.softmax(theta.detach(), -1)
-    same(change, torch.stack([1 - p[0] + p[1], p[1] - p[0] - 1, p[1] - p[0], p[1] - p[0]]), 1e-12, what="dlog pi")
+    assert_same(change, torch.stack([1 - p[0] + p[1], p[1] - p[0] - 1, p[1] - p[0], p[1] - p[0]]), 1e-12, what="dlog pi")
     assert change[0] > 0
 
 
@@ -116,7 +116,7 @@ def test_what_is_in_no_pair_is_not_looked_at(beta):
         logps = torch.log_softmax(theta, -1)
         return dpo.dpo_loss(logps[:1], logps[1:2], ref[:1], ref[1:2], beta=beta)[0].sum()
     logps = torch.log_softmax(tabular.gradient_flow(loss, ref, 30.0), -1)
-    same(logps[2] - logps[3], ref[2] - ref[3], 1e-12, what="log pi(2)/pi(3)")
+    assert_same(logps[2] - logps[3], ref[2] - ref[3], 1e-12, what="log pi(2)/pi(3)")
     assert (logps[:2] - ref[:2]).abs().max() > 0.1, "training did nothing"
 
 
@@ -131,9 +131,9 @@ def test_a_shared_feature_can_push_the_chosen_down():
     logps = torch.log_softmax(weight * phi, -1)
     loss = dpo.dpo_loss(logps[:1], logps[1:2], ref[:1], ref[1:2], beta=0.5)[0].sum()
     step = -torch.autograd.grad(loss, weight)[0]
-    same(step, vector(0.5 * 0.5 * (1 - 0))[0], 1e-12, what="the step, beta sigma(0) (phi_w - phi_l),")
+    assert_same(step, vector(0.5 * 0.5 * (1 - 0))[0], 1e-12, what="the step, beta sigma(0) (phi_w - phi_l),")
     after = torch.log_softmax(1e-3 * step * phi, -1)
-    same((after - ref) / (1e-3 * step), phi - 4 / 3, 1e-3, what="dlog pi")
+    assert_same((after - ref) / (1e-3 * step), phi - 4 / 3, 1e-3, what="dlog pi")
     assert after[0] < ref[0] and after[1] < ref[1] and after[2] > ref[2]
     assert after[0] - after[1] > ref[0] - ref[1], "the margin grows all the same"
 
@@ -142,7 +142,7 @@ def test_eq7_does_not_see_mass_that_leaks_evenly():
     """Why `missing_mass` exists: moving both responses down alike leaves the loss where it was."""
     w, l, rw, rl = torch.randn(4, 9, dtype=torch.float64)
     loss = lambda down: dpo.dpo_loss(w - down, l - down, rw, rl)[0]
-    same(loss(3), loss(0), 1e-12, what="the loss after both fell by 3 nats")
+    assert_same(loss(3), loss(0), 1e-12, what="the loss after both fell by 3 nats")
     assert dpo.missing_mass(w - 3, rw) > dpo.missing_mass(w, rw)
 
 
@@ -156,14 +156,14 @@ def test_missing_mass_is_unbiased(seed):
     logps = torch.log_softmax(2 * torch.randn(5, generator=g, dtype=torch.float64), -1)
     estimates = torch.stack([torch.as_tensor(dpo.missing_mass(logps[y:y + 1], ref[y:y + 1].log())) for y in range(4)])
     assert estimates.shape == (4,), "a scalar for each call"
-    same((ref * estimates).sum(), logps[4].exp(), 1e-10, {"1 - is missing: that is the mass that is still there": 1 - logps[4].exp()},
+    assert_same((ref * estimates).sum(), logps[4].exp(), 1e-10, {"1 - is missing: that is the mass that is still there": 1 - logps[4].exp()},
          what="E_ref[missing_mass]")
 
 
 @grades("missing_mass")
 def test_missing_mass_is_the_mean_of_ratios():
     """Over a batch it is 1 - mean(pi/ref): not exp of a mean, not pi alone."""
-    same(dpo.missing_mass(vector(0.5, 0.1).log(), vector(0.25, 0.4).log()), vector(1 - (2 + 0.25) / 2)[0], 1e-12, {
+    assert_same(dpo.missing_mass(vector(0.5, 0.1).log(), vector(0.25, 0.4).log()), vector(1 - (2 + 0.25) / 2)[0], 1e-12, {
         "exp of the mean; wanted the mean of exp": vector(1 - 0.5 ** 0.5)[0], "a sum; wanted the mean": vector(1 - 2.25)[0],
         "the ratio is upside down: it is pi/ref": vector(1 - (0.5 + 4) / 2)[0],
         "the ratio of means; wanted the mean of ratios": vector(1 - 0.6 / 0.65)[0]}, what="missing_mass")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import dpo
 import tabular
 import world
-from tools import betas, grades, numbers, same, softplus, vector, worlds
+from tools import betas, grades, numbers, assert_same, softplus, vector, worlds
 
 
 def losses_at(h, beta, **kind):
@@ -37,7 +37,7 @@ def test_every_variant_is_its_papers_formula(loss_type, h, beta, eps):
     """For every h, beta and share eps of flipped labels."""
     eps = eps if loss_type in ("sigmoid", "robust") else 0.0
     want = formula(loss_type, h, beta, eps)
-    same(losses_at(h, beta, loss_type=loss_type, label_smoothing=eps), want, 1e-10, {
+    assert_same(losses_at(h, beta, loss_type=loss_type, label_smoothing=eps), want, 1e-10, {
         "loss_type is ignored: this is the sigmoid loss": formula("sigmoid", h, beta, eps),
         "label_smoothing is ignored": formula(loss_type, h, beta, 0.0),
         "the factor 1/(1 - 2 eps) is missing": want * (1 - 2 * eps),
@@ -61,8 +61,8 @@ def test_the_variants_differ_and_share_their_rewards():
     for i, a in enumerate(results):
         for j in range(i):
             assert (a[0] - results[j][0]).abs().max() > 1e-3, f"{kinds[i]} and {kinds[j]} give the same loss"
-        same(a[1], 0.3 * (four[0] - four[2]), 1e-12, what=f"the chosen reward of {kinds[i]}")
-        same(a[2], 0.3 * (four[1] - four[3]), 1e-12, what=f"the rejected reward of {kinds[i]}")
+        assert_same(a[1], 0.3 * (four[0] - four[2]), 1e-12, what=f"the chosen reward of {kinds[i]}")
+        assert_same(a[2], 0.3 * (four[1] - four[3]), 1e-12, what=f"the rejected reward of {kinds[i]}")
 
 
 @grades("dpo_loss")
@@ -70,7 +70,7 @@ def test_the_variants_differ_and_share_their_rewards():
 def test_a_loss_type_read_from_a_file_will_do(loss_type):
     """Names are compared by value: one put together at run time is another object with the same letters."""
     read = "".join(list(loss_type))
-    same(losses_at(2.0, 0.3, loss_type=read), formula(loss_type, vector(2.0), 0.3, 0.0), 1e-12, what=f"the {loss_type} loss")
+    assert_same(losses_at(2.0, 0.3, loss_type=read), formula(loss_type, vector(2.0), 0.3, 0.0), 1e-12, what=f"the {loss_type} loss")
 
 
 # ---- IPO
@@ -87,7 +87,7 @@ def test_ipo_reaches_its_margin_and_stops(tau):
         return dpo.dpo_loss(logps[:1], logps[1:2], ref[:1], ref[1:2], beta=tau, loss_type="ipo")[0].sum()
     for time in (0.2, 8.0):
         theta = tabular.gradient_flow(loss, ref, time, steps=1000)
-        same((theta[0] - theta[1]) - (ref[0] - ref[1]), vector((1 - math.exp(-4 * time)) / (2 * tau))[0], 1e-8, {
+        assert_same((theta[0] - theta[1]) - (ref[0] - ref[1]), vector((1 - math.exp(-4 * time)) / (2 * tau))[0], 1e-8, {
             "it runs to 1/tau, twice too far": vector((1 - math.exp(-4 * time)) / tau)[0]}, what=f"h at time {time}")
 
 
@@ -100,8 +100,8 @@ def test_ipo_on_a_chain_of_sure_labels():
     drawn = torch.ones(3, 3, dtype=torch.float64).fill_diagonal_(0) / 6
     loss = lambda kind: lambda theta: tabular.population_loss(torch.log_softmax(theta, -1), ref, preference, tau, drawn, loss_type=kind)
     theta = tabular.minimise(loss("ipo"), ref)
-    same(theta[:2] - theta[1:], vector(1, 1) / (3 * tau), 1e-8, what="IPO's gaps a-b and b-c")
-    same(theta[0] - theta[2], vector(2)[0] / (3 * tau), 1e-8, what="IPO's gap a-c")
+    assert_same(theta[:2] - theta[1:], vector(1, 1) / (3 * tau), 1e-8, what="IPO's gaps a-b and b-c")
+    assert_same(theta[0] - theta[2], vector(2)[0] / (3 * tau), 1e-8, what="IPO's gap a-c")
     gaps = [(lambda t: (t[0] - t[1]).item())(tabular.gradient_flow(loss("sigmoid"), ref, time)) for time in (10.0, 100.0, 1000.0)]
     assert gaps[1] - gaps[0] > 1 and gaps[2] - gaps[1] > 1, f"DPO's gap must go on growing on sure labels, got {gaps}"
 
@@ -114,7 +114,7 @@ def test_ipos_sampled_and_centred_losses_have_one_gradient(h, tau):
     sampled = torch.autograd.grad((((x - 1 / tau) ** 2 + (-x) ** 2) / 2).sum(), x)[0]
     y = h.clone().requires_grad_()
     centred = torch.autograd.grad(dpo.dpo_loss(y, 0 * h, 0 * h, 0 * h, beta=tau, loss_type="ipo")[0].sum(), y)[0]
-    same(sampled, centred, 1e-10, what="the slope")
+    assert_same(sampled, centred, 1e-10, what="the slope")
 
 
 @grades("dpo_loss")
@@ -129,7 +129,7 @@ def test_ipos_minimiser(tau):
     p = [sum(preference[i, j].item() * ref[j].exp().item() for j in range(5)) for i in range(5)]
     want = torch.softmax(ref + vector(*p) / tau, -1).log()
     assert tabular.total_variation(found, want) < 1e-8
-    same(tabular.psi_policy(ref, preference, ref, lambda q: q, tau), want, 1e-12, what="PsiPO's optimum for the identity")
+    assert_same(tabular.psi_policy(ref, preference, ref, lambda q: q, tau), want, 1e-12, what="PsiPO's optimum for the identity")
     assert tabular.total_variation(found, world.optimal_policy(ref, reward, tau)) > 1e-3
 
 
@@ -141,8 +141,8 @@ def test_psi_po_with_the_logit_is_rlhf(drawn, tau):
     logit = lambda p: torch.log(p) - torch.log1p(-p)
     assume((reward.max() - reward.min()).item() < 15)         # beyond, 1 - p has lost too many digits to have a logit
     worth = (logit(tabular.preferences(reward)) * sampler.exp()).sum(-1)
-    same(worth, reward - world.expected(sampler, reward), 1e-8, what="E[logit p]")
-    same(tabular.psi_policy(ref, tabular.preferences(reward), sampler, logit, tau).exp(),
+    assert_same(worth, reward - world.expected(sampler, reward), 1e-8, what="E[logit p]")
+    assert_same(tabular.psi_policy(ref, tabular.preferences(reward), sampler, logit, tau).exp(),
          world.optimal_policy(ref, reward, tau).exp(), 1e-8 * max(1, 1 / tau), what="PsiPO's optimum for the logit")
 
 
@@ -155,7 +155,7 @@ def test_conservative_dpo_stops_at_the_noises_log_odds(eps, beta):
     stop = math.log((1 - eps) / eps) / beta
     h = vector(stop, 0.8 * stop - 0.1, 1.2 * stop + 0.1).requires_grad_()
     slope = torch.autograd.grad(losses_at(h, beta, label_smoothing=eps).sum(), h)[0]
-    same(slope[0], vector(0.0)[0], 1e-12, {"label_smoothing is ignored": vector(-beta * eps)[0]}, what="the slope at the stop")
+    assert_same(slope[0], vector(0.0)[0], 1e-12, {"label_smoothing is ignored": vector(-beta * eps)[0]}, what="the slope at the stop")
     assert slope[1] < 0 < slope[2], "it must be the minimum"
 
 
@@ -165,7 +165,7 @@ def test_robust_dpo_is_unbiased_under_flipped_labels(h, eps, beta):
     """Claim 29. With labels flipped with probability eps, its mean (1 - eps) L(h) + eps L(-h) is the clean DPO loss; cDPO's
     is not."""
     mean = lambda kind: (1 - eps) * losses_at(h, beta, loss_type=kind, label_smoothing=eps) + eps * losses_at(-h, beta, loss_type=kind, label_smoothing=eps)
-    same(mean("robust"), softplus(-beta * h), 1e-10 / (1 - 2 * eps), {
+    assert_same(mean("robust"), softplus(-beta * h), 1e-10 / (1 - 2 * eps), {
         "this is cDPO, which is not unbiased": mean("sigmoid")}, what="robust DPO's mean over flipped labels")
     if eps > 0.05 and (beta * h).abs().max() > 0.1:
         assert (mean("sigmoid") - softplus(-beta * h)).abs().max() > 1e-6, "cDPO and robust DPO are two losses"
@@ -178,10 +178,10 @@ def test_oracle_three_pairs():
     """beta h = [0, 1, 2]: losses and rewards of three pairs, by another hand."""
     w, l, rw, rl = vector(-.5, -10, -1), vector(-.1, -30, -21), vector(-.5, -10.1, -.1), vector(-.1, -20.1, -.1)
     losses, chosen, rejected = dpo.dpo_loss(w, l, rw, rl, beta=0.1)
-    same(losses, vector(.693147, .313262, .126928), 5e-7, what="the losses")
-    same(chosen, vector(0, .01, -.09), 1e-12, {"rewards without beta": vector(0, .1, -.9)}, what="the chosen rewards")
-    same(rejected, vector(0, -.99, -2.09), 1e-12, {"rewards without beta": vector(0, -9.9, -20.9)}, what="the rejected rewards")
-    same(dpo.dpo_loss(w, l, rw, rl, beta=0.1, loss_type="hinge")[0], vector(1, 0, 0), 1e-12, what="the hinge losses")
+    assert_same(losses, vector(.693147, .313262, .126928), 5e-7, what="the losses")
+    assert_same(chosen, vector(0, .01, -.09), 1e-12, {"rewards without beta": vector(0, .1, -.9)}, what="the chosen rewards")
+    assert_same(rejected, vector(0, -.99, -2.09), 1e-12, {"rewards without beta": vector(0, -9.9, -20.9)}, what="the rejected rewards")
+    assert_same(dpo.dpo_loss(w, l, rw, rl, beta=0.1, loss_type="hinge")[0], vector(1, 0, 0), 1e-12, what="the hinge losses")
 
 
 @grades("dpo_loss")
@@ -190,19 +190,19 @@ def test_oracle_one_pair_loss_and_slope(loss_type, loss, slope):
     """beta = 0.1, h = 6."""
     h = vector(6.0).requires_grad_()
     losses = losses_at(h, 0.1, loss_type=loss_type)
-    same(losses.detach(), vector(loss), 5e-7, what="the loss")
-    same(torch.autograd.grad(losses.sum(), h)[0], vector(slope), 5e-7, what="dL/dh")
+    assert_same(losses.detach(), vector(loss), 5e-7, what="the loss")
+    assert_same(torch.autograd.grad(losses.sum(), h)[0], vector(slope), 5e-7, what="dL/dh")
 
 
 @grades("dpo_loss")
 def test_oracle_mean_of_two():
     losses, _, _ = dpo.dpo_loss(vector(0, -1), vector(-1, 0), vector(-2, -1), vector(-1, -2), beta=0.1)
-    same(losses.mean(), vector(.698139)[0], 5e-7, what="the mean loss")
+    assert_same(losses.mean(), vector(.698139)[0], 5e-7, what="the mean loss")
 
 
 @grades("dpo_loss")
 def test_oracle_label_smoothing():
     """beta h = 1, eps = 0.1: cDPO .413262, robust .188262."""
-    same(losses_at(1.0, 1.0, label_smoothing=0.1), vector(.413262), 5e-7, {"label_smoothing is ignored": vector(.313262)}, what="cDPO")
-    same(losses_at(1.0, 1.0, label_smoothing=0.1, loss_type="robust"), vector(.188262), 5e-7, {
+    assert_same(losses_at(1.0, 1.0, label_smoothing=0.1), vector(.413262), 5e-7, {"label_smoothing is ignored": vector(.313262)}, what="cDPO")
+    assert_same(losses_at(1.0, 1.0, label_smoothing=0.1, loss_type="robust"), vector(.188262), 5e-7, {
         "this is cDPO": vector(.413262), "the factor 1/(1 - 2 eps) is missing": vector(.15061)}, what="robust DPO")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import tabular
 import world
-from tools import betas, same, vector, worlds
+from tools import betas, assert_same, vector, worlds
 
 
 def exact_gradient(f, logits):
@@ -33,7 +33,7 @@ def test_the_policy_gradient_with_any_baseline(drawn, beta, baseline):
     advantage = reward - tabular.implicit_reward(pi, ref, beta) - baseline                            # (N,)
     estimate = (pi.exp() * advantage) @ score(pi)
     want = exact_gradient(lambda logps: tabular.objective(logps, ref, reward, beta), pi)
-    same(estimate, want, 1e-11 * max(1, advantage.abs().max().item()), {
+    assert_same(estimate, want, 1e-11 * max(1, advantage.abs().max().item()), {
         "the KL penalty is missing from the reward": (pi.exp() * (reward - baseline)) @ score(pi)}, what="the policy gradient")
 
 
@@ -46,16 +46,16 @@ def test_kl_estimators_and_their_gradients(drawn):
     k1, k2, k3 = tabular.kl_estimators(pi, ref)
     kl = math.fsum(a * (b - c) for a, b, c in zip(p.tolist(), pi.tolist(), ref.tolist()))
     scale = max(1.0, (ref - pi).exp().max().item())                 # k3 holds ref/pi, which may be e^20
-    same((p * k1).sum(), vector(kl)[0], 1e-10, what="E k1")
-    same((p * k3).sum(), vector(kl)[0], 1e-10, {"the k1 in k3 has the wrong sign": (p * (k3 - 2 * k1)).sum()}, what="E k3")
+    assert_same((p * k1).sum(), vector(kl)[0], 1e-10, what="E k1")
+    assert_same((p * k3).sum(), vector(kl)[0], 1e-10, {"the k1 in k3 has the wrong sign": (p * (k3 - 2 * k1)).sum()}, what="E k3")
     assert (k3 >= -1e-12).all(), "k3 is never negative, for any sample"
 
     def expected_gradient(k):                        # E_{y~pi}[grad k(y)], the sampling not differentiated
         return exact_gradient(lambda logps: (p * tabular.kl_estimators(logps, ref)[k]).sum(), pi)
     zero = torch.zeros_like(pi)
-    same(expected_gradient(0), zero, 1e-12, what="E grad k1")
-    same(expected_gradient(1), exact_gradient(lambda logps: world.kl(logps, ref), pi), 1e-10, what="E grad k2")
-    same(expected_gradient(2), exact_gradient(lambda logps: world.kl(ref, logps), pi), 1e-14 * scale + 1e-10, {
+    assert_same(expected_gradient(0), zero, 1e-12, what="E grad k1")
+    assert_same(expected_gradient(1), exact_gradient(lambda logps: world.kl(logps, ref), pi), 1e-10, what="E grad k2")
+    assert_same(expected_gradient(2), exact_gradient(lambda logps: world.kl(ref, logps), pi), 1e-14 * scale + 1e-10, {
         "this is grad KL(pi || ref)": exact_gradient(lambda logps: world.kl(logps, ref), pi)}, what="E grad k3")
 
 
@@ -64,7 +64,7 @@ def test_k2_is_biased():
     pi, ref = vector(3 / 4, 1 / 4).log(), vector(1 / 2, 1 / 2).log()
     a, b = math.log(3 / 2), math.log(1 / 2)
     _, k2, _ = tabular.kl_estimators(pi, ref)
-    same((pi.exp() * k2).sum(), vector((3 * a * a + b * b) / 8)[0], 1e-12, {"the half is missing": vector((3 * a * a + b * b) / 4)[0]},
+    assert_same((pi.exp() * k2).sum(), vector((3 * a * a + b * b) / 8)[0], 1e-12, {"the half is missing": vector((3 * a * a + b * b) / 4)[0]},
          what="E k2")
     assert abs((pi.exp() * k2).sum() - world.kl(pi, ref)) > 1e-3
 
@@ -77,7 +77,7 @@ def test_mirror_descent_from_the_reference_lands_on_the_optimum(drawn, beta, ste
     logps = ref
     for share in steps:
         logps = tabular.mirror_step(logps, reward - baseline, share / sum(steps) / beta)
-    same(logps.exp(), world.optimal_policy(ref, reward, beta).exp(), 1e-9 * max(1, 1 / beta), what="the policy after the last step")
+    assert_same(logps.exp(), world.optimal_policy(ref, reward, beta).exp(), 1e-9 * max(1, 1 / beta), what="the policy after the last step")
 
 
 @given(worlds(policies=1), st.floats(-1, 1).map(lambda e: 10 ** e), st.floats(-2, 1).map(lambda e: 10 ** e))
@@ -98,7 +98,7 @@ def test_mirror_descent_with_a_kl_contracts(drawn, beta, t):
     ref, reward, pi = drawn
     star = world.optimal_policy(ref, reward, beta)
     centred = lambda logps: (logps - star) - (logps - star).mean()
-    same(centred(tabular.mirror_step(pi, reward, t, ref, beta)), centred(pi) / (1 + beta * t), 1e-9 * max(1, 1 / beta), {
+    assert_same(centred(tabular.mirror_step(pi, reward, t, ref, beta)), centred(pi) / (1 + beta * t), 1e-9 * max(1, 1 / beta), {
         "no contraction: the pull to the reference is missing": centred(pi)}, what="the distance to pi*")
 
 
@@ -108,7 +108,7 @@ def test_the_first_mirror_step_is_the_policy_gradient(drawn, t):
     E_{pi_k}[pi/pi_k A] - KL(pi || pi_k)/t is the policy gradient, whatever t."""
     ref, reward, pi = drawn
     surrogate = lambda logps: (logps - pi).exp().mul(pi.exp() * reward).sum() - world.kl(logps, pi) / t
-    same(exact_gradient(surrogate, pi), (pi.exp() * reward) @ score(pi), 1e-10 * max(1, 1 / t), what="the first step")
+    assert_same(exact_gradient(surrogate, pi), (pi.exp() * reward) @ score(pi), 1e-10 * max(1, 1 / t), what="the first step")
     assert exact_gradient(lambda logps: world.kl(logps, pi), pi).abs().max() < 1e-12
     moved = torch.log_softmax(pi + torch.linspace(0, 1, len(pi), dtype=torch.float64), -1)
     assume((moved - pi).abs().max() > 1e-3)

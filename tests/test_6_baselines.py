@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import tabular
 import world
-from tools import same, vector, worlds
+from tools import assert_same, vector, worlds
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
@@ -24,7 +24,7 @@ def test_best_of_n_by_listing_every_draw(n, reward):
         best = [y for y in draw if reward[y] == max(reward[z] for z in draw)]
         for y in best:
             p[y] += chance / len(best)
-    same(tabular.best_of_n(ref, reward, n).exp(), vector(*p), 1e-12, what=f"best of {n}")
+    assert_same(tabular.best_of_n(ref, reward, n).exp(), vector(*p), 1e-12, what=f"best of {n}")
 
 
 @given(worlds(), st.integers(1, 300))
@@ -48,7 +48,7 @@ def test_best_of_ns_bounds_are_reached_by_many_rare_responses():
     assert world.kl(best, ref).item() == pytest.approx(math.log(n) - (n - 1) / n, abs=1e-3)
     assert world.win_rate(best, ref, reward).item() == pytest.approx(n / (n + 1), abs=1e-3)
     few = torch.full((3,), 1 / 3, dtype=torch.float64).log()
-    same(tabular.best_of_n(ref[:50].log_softmax(-1), reward[:50], n).exp(),
+    assert_same(tabular.best_of_n(ref[:50].log_softmax(-1), reward[:50], n).exp(),
          (torch.arange(1, 51, dtype=torch.float64) / 50) ** n - (torch.arange(50, dtype=torch.float64) / 50) ** n, 1e-12, what="F^N - F_-^N")
     assert world.kl(tabular.best_of_n(few, vector(0, 1, 2), 64), few) < math.log(64) - 63 / 64 - 0.5
 
@@ -71,8 +71,8 @@ def test_preferred_fts_optimum(spread):
     preference, q = tabular.preferences(reward), ref.exp()
     chosen = torch.stack([sum(q[i] * q[j] * preference[i, j] + q[j] * q[i] * preference[i, j] for j in range(4)) for i in range(4)])
     optimum = tabular.preferred_ft(ref, preference)
-    same(optimum.exp(), chosen, 1e-12, what="Preferred-FT")
-    same(optimum.exp().sum(), vector(1.0)[0], 1e-12, {"the 2 is missing: of a pair, one is chosen": vector(0.5)[0]}, what="its sum")
+    assert_same(optimum.exp(), chosen, 1e-12, what="Preferred-FT")
+    assert_same(optimum.exp().sum(), vector(1.0)[0], 1e-12, {"the 2 is missing: of a pair, one is chosen": vector(0.5)[0]}, what="its sum")
     found = tabular.minimise(lambda theta: -(chosen * torch.log_softmax(theta, -1)).sum(), torch.zeros(4, dtype=torch.float64))
     assert tabular.total_variation(torch.log_softmax(found, -1), optimum) < 1e-7
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import dpo
 from model import GPT, GPTConfig
-from tools import Bare, grades, masked_texts, same, vector
+from tools import Bare, grades, masked_texts, assert_same, vector
 
 
 def scored_by_hand(logits, tokens, scored):
@@ -61,7 +61,7 @@ def test_token_logps_are_log_softmax_shifted_by_one(text):
     b, t, v = logits.shape
     want = torch.stack([vector(*(scored_by_hand(logits[i].tolist(), tokens[i].tolist(), [k]) for k in range(1, t))) for i in range(b)])
     logps = torch.log_softmax(logits, -1)
-    same(dpo.token_logps(logits, tokens), want, 1e-12, {
+    assert_same(dpo.token_logps(logits, tokens), want, 1e-12, {
         "no shift: position t predicts token t+1, so logits[:, :-1] go with tokens[:, 1:]":
             logps[:, :-1].gather(2, tokens[:, :-1, None]).squeeze(2),
         "not shifted and not shortened: (B, T) values, of which the last predicts nothing": logps.gather(2, tokens[:, :, None]).squeeze(2),
@@ -77,7 +77,7 @@ def test_oracle_gather():
     """Numbers from another hand: two positions. tokens[0] only leads in; the last logits predict nothing."""
     logits = torch.tensor([[[2, 1, .1], [.5, 2.5, .3], [9, 9, 9]]])
     logps = dpo.token_logps(logits, torch.tensor([[1, 0, 2]]))
-    same(-logps.mean(), torch.tensor(1.4185), 5e-5, what="the mean negative log-probability")
+    assert_same(-logps.mean(), torch.tensor(1.4185), 5e-5, what="the mean negative log-probability")
     assert logps.shape == (1, 2), f"{tuple(logps.shape)}: T tokens have T-1 predictions"
 
 
@@ -89,7 +89,7 @@ def test_half_precision_logits_are_scored_in_float32(dtype):
     logps = dpo.token_logps(logits, tokens)
     assert logps.dtype == torch.float32, f"{logps.dtype}: log_softmax was taken in half precision"
     want = torch.log_softmax(logits.double(), -1)[:, :-1].gather(2, tokens[:, 1:, None]).squeeze(2)
-    same(logps, want.float(), 1e-5, what="token_logps of half-precision logits")
+    assert_same(logps, want.float(), 1e-5, what="token_logps of half-precision logits")
 
 
 @grades("token_logps")
@@ -116,7 +116,7 @@ def test_logits_of_another_text_are_refused():
 def test_response_logps_are_the_log_of_the_product_of_probabilities(text):
     """Claim 44: summed over the response's tokens, for masks of any shape, the empty one included (then 0), 1e-11."""
     logits, tokens, mask = text
-    same(dpo.response_logps(logits, tokens, mask), by_hand(logits, tokens, mask), 1e-11,
+    assert_same(dpo.response_logps(logits, tokens, mask), by_hand(logits, tokens, mask), 1e-11,
          response_mistakes(logits, tokens, mask), what="log pi(y|x)")
 
 
@@ -126,7 +126,7 @@ def test_uniform_logits_give_minus_n_ln_v():
     mask = torch.tensor([[False, False, True, True, True], [False, True, False, False, False]])
     logps = dpo.response_logps(torch.zeros(2, 5, 7), torch.zeros(2, 5, dtype=torch.long), mask)
     v = math.log(7)
-    same(logps, torch.tensor([-3 * v, -v]), 1e-6, {
+    assert_same(logps, torch.tensor([-3 * v, -v]), 1e-6, {
         "you averaged over tokens; Eq. 7 sums": torch.tensor([-v, -v]), "the prompt is counted": torch.tensor([-4 * v, -v]),
         "everything is counted, prompt and padding: the mask is not used": torch.tensor([-4 * v, -4 * v]),
         "the last response token is left out": torch.tensor([-2 * v, 0.0])}, what="log pi of 3 tokens, and of 1, over 7")
@@ -138,7 +138,7 @@ def test_average_divides_by_the_number_of_response_tokens(text):
     """average=True, for IPO as its authors run it; an empty row gives 0, not nan."""
     logits, tokens, mask = text
     n = mask[:, 1:].sum(-1)
-    same(dpo.response_logps(logits, tokens, mask, average=True), by_hand(logits, tokens, mask) / n.clamp(min=1), 1e-11, {
+    assert_same(dpo.response_logps(logits, tokens, mask, average=True), by_hand(logits, tokens, mask) / n.clamp(min=1), 1e-11, {
         "average is ignored: this is the sum": by_hand(logits, tokens, mask),
         "an empty row gives nan: divide by at least 1": by_hand(logits, tokens, mask) / n,
         "divided by all tokens, prompt and padding included": by_hand(logits, tokens, mask) / (tokens.size(1) - 1)}, what="the average")
@@ -171,7 +171,7 @@ def test_last_response_token_counts():
     logits, tokens, mask = torch.randn(1, 4, 5), torch.tensor([[1, 2, 3, 4]]), torch.tensor([[False, False, True, True]])
     full = dpo.response_logps(logits, tokens, mask)
     without = dpo.response_logps(logits, tokens, torch.tensor([[False, False, True, False]]))
-    same((full - without)[0], torch.log_softmax(logits[0, 2], -1)[4], 1e-6, {"the last token is not scored": torch.tensor(0.0)},
+    assert_same((full - without)[0], torch.log_softmax(logits[0, 2], -1)[4], 1e-6, {"the last token is not scored": torch.tensor(0.0)},
          what="what EOS adds")
 
 
@@ -182,7 +182,7 @@ def test_a_row_without_response_is_finite_even_beside_infinite_logits(average):
     logits = torch.zeros(1, 3, 4)
     logits[0, 0, 2] = -math.inf
     value = dpo.response_logps(logits, torch.tensor([[0, 2, 1]]), torch.zeros(1, 3, dtype=torch.bool), average)
-    same(value, torch.zeros(1), 0, {"nan: select with the mask (torch.where), do not multiply by it": torch.full((1,), math.nan)},
+    assert_same(value, torch.zeros(1), 0, {"nan: select with the mask (torch.where), do not multiply by it": torch.full((1,), math.nan)},
          what="log pi of an empty response")
 
 
@@ -203,7 +203,7 @@ def test_a_mask_of_zeros_and_ones_will_do():
     """Integer masks, as many libraries hand them over, mean what boolean ones mean."""
     logits, tokens, mask = torch.randn(2, 6, 5), torch.randint(5, (2, 6)), torch.tensor([[0, 0, 1, 1, 1, 0], [0, 1, 1, 0, 0, 0]])
     for average in (False, True):
-        same(dpo.response_logps(logits, tokens, mask, average), dpo.response_logps(logits, tokens, mask.bool(), average), 0,
+        assert_same(dpo.response_logps(logits, tokens, mask, average), dpo.response_logps(logits, tokens, mask.bool(), average), 0,
              what="log pi with a mask of 0 and 1")
 
 
@@ -235,7 +235,7 @@ def test_padding_on_either_side_changes_nothing(side, pad_id):
         start = 0 if side == "right" else 9 - len(ids)
         logits[row, start:start + len(ids)] = alone
         want.append(scored_by_hand(alone.tolist(), ids, range(n, len(ids))))
-    same(dpo.response_logps(logits, tokens, mask), torch.tensor(want), 1e-6, {
+    assert_same(dpo.response_logps(logits, tokens, mask), torch.tensor(want), 1e-6, {
         "padding is scored": by_hand(logits, tokens, mask | (tokens == pad_id)).float()}, what=f"log pi, padded on the {side}")
 
 
@@ -247,7 +247,7 @@ def test_a_gpt_is_padded_on_the_right():
     alone = torch.cat([dpo.response_logps(model(t), t, m) for t, m in (layouts("right", [text], len(text[1]), 0) for text in TEXTS)])
     for pad_id in (0, 9):
         tokens, mask = layouts("right", TEXTS, 9, pad_id)
-        same(dpo.response_logps(model(tokens), tokens, mask), alone, 1e-6, what="log pi, padded on the right")
+        assert_same(dpo.response_logps(model(tokens), tokens, mask), alone, 1e-6, what="log pi, padded on the right")
     tokens, mask = layouts("left", TEXTS, 9, 0)
     assert ((dpo.response_logps(model(tokens), tokens, mask) - alone).abs() > 1e-4).all(), "then claim 44 holds as it was written"
 
@@ -264,14 +264,14 @@ def test_the_head_on_response_positions_alone_gives_the_same(dtype, tolerance):
     mask = (position >= torch.tensor([1, 3, 5, 4])[:, None]) & (position < torch.tensor([9, 6, 5, 8])[:, None])
     short = dpo.sequence_logps(model, tokens, mask)
     logits = model(tokens)
-    same(short.detach(), by_hand(logits.detach(), tokens, mask).to(dtype), tolerance, {
+    assert_same(short.detach(), by_hand(logits.detach(), tokens, mask).to(dtype), tolerance, {
         k: v.to(dtype) for k, v in response_mistakes(logits.detach(), tokens, mask).items()}, what="log pi(y|x)")
     logps = torch.log_softmax(logits[:, :-1], -1).gather(2, tokens[:, 1:, None]).squeeze(2)
     weights = torch.tensor([1.0, -2.0, 3.0, 0.5], dtype=dtype)
     plain = ((logps * mask[:, 1:]).sum(-1) * weights).sum()
     for a, b in zip(torch.autograd.grad((short * weights).sum(), list(model.parameters())),
                     torch.autograd.grad(plain, list(model.parameters())), strict=True):
-        same(a, b, tolerance * 10, what="its gradient")
+        assert_same(a, b, tolerance * 10, what="its gradient")
 
 
 class Heavy(torch.nn.Module):
@@ -299,7 +299,7 @@ def test_the_shortcut_runs_the_head_where_it_must_and_scores_in_float32(dtype):
     logps = dpo.sequence_logps(model, tokens, mask)
     assert model.asked == [(4, 8)], f"the head was run on {model.asked}; wanted the 4 positions that predict a response token"
     assert logps.dtype == torch.float32, f"{logps.dtype}: log_softmax was taken in half precision"
-    same(logps, by_hand(model.head(model.states).double(), tokens, mask).float(), 1e-4, what="log pi(y|x)")
+    assert_same(logps, by_hand(model.head(model.states).double(), tokens, mask).float(), 1e-4, what="log pi(y|x)")
 
 
 @grades("pair_logps")
@@ -311,7 +311,7 @@ def test_pair_logps_splits_chosen_from_rejected(tiny):
         pair = dpo.pair_logps(model, batch)
         assert pair is not None and len(pair) == 2, "wanted two results, the chosen log-probs and the rejected ones"
         for got, rows, other, name in ((pair[0], slice(0, 3), slice(3, 6), "chosen"), (pair[1], slice(3, 6), slice(0, 3), "rejected")):
-            same(got.detach(), want[rows], 1e-12, {
+            assert_same(got.detach(), want[rows], 1e-12, {
                 "chosen and rejected are swapped: the chosen rows come first": want[other],
                 "every other row was taken: the batch is all chosen, then all rejected": want[name == "rejected"::2]}
                 | {k: v[rows] for k, v in response_mistakes(policy(batch["tokens"]).detach(), batch["tokens"],
@@ -343,7 +343,7 @@ def test_eight_microbatches_are_one_batch_of_eight():
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
     whole = gradient(torch.arange(8))
     parts = [gradient(torch.tensor([i])) for i in range(8)]
-    same(sum(parts) / 8, whole, 1e-6, {"summed, not averaged": sum(parts)}, what="the accumulated gradient")
+    assert_same(sum(parts) / 8, whole, 1e-6, {"summed, not averaged": sum(parts)}, what="the accumulated gradient")
     assert whole.abs().max() > 1e-3
     uneven = gradient(torch.arange(5)) * 5 / 8 + gradient(torch.arange(5, 8)) * 3 / 8
-    same(uneven, whole, 1e-6, what="the gradient of parts of 5 and 3, weighted by their size,")
+    assert_same(uneven, whole, 1e-6, what="the gradient of parts of 5 and 3, weighted by their size,")

@@ -30,7 +30,7 @@ def softplus(x):
     return x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
 
 
-def same(got, want, tolerance, mistakes=None, what="the result"):
+def assert_same(got, want, tolerance, mistakes=None, what="the result"):
     """Assert that got is want, shape included, to tolerance x max(1, largest |want|).
 
     mistakes: {what was probably done: what it would give}. Where got is one of these, the message says so.
