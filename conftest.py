@@ -9,7 +9,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("DPO from scratch")
     group.addoption("--impl", metavar="FILE", help="put the proofs to the functions of this file instead of dpo.py's")
     group.addoption("--bug", metavar="N", type=int, help="test the project with bug N of exercises/find_the_bug.py in effect")
-    group.addoption("--seed", type=int, default=0, help="random seed of every test (default 0); the claims hold for all")
+    group.addoption("--seed", type=int, default=0, help="random seed of every test (default 0): torch's, and any but 0 lets hypothesis draw new examples")
 
 
 def pytest_configure(config):

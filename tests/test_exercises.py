@@ -135,6 +135,8 @@ MISTAKES = {
                           "right at beta = 0.1 only"),
     "no shift": ("logits[:, :T-1].reshape", "logits[:, 1:].reshape", "token_logps", "have already seen token t"),
     "a forgotten return": ("    return 1 - torch.exp", "    1 - torch.exp", "missing_mass", "is a return missing?"),
+    "multiplied by the mask": ("s = row[m].sum()", "s = (row * m).sum()", "response_logps", "nan: select with the mask"),
+    "0/0": ("out.append(s / max(1, int(m.sum())) if", "out.append(row[m].mean() if", "response_logps", "an empty row gives nan: divide by at least 1"),
     "halves swapped": ("return lp[:n], lp[n:]", "return lp[n:], lp[:n]", "pair_logps", "chosen and rejected are swapped"),
 }
 

@@ -40,7 +40,8 @@ def assert_same(got, want, tolerance, mistakes=None, what="the result"):
     tensor = lambda x: x if torch.is_tensor(x) else torch.tensor(x, dtype=torch.float64)
     got, want, mistakes = tensor(got), tensor(want), {k: tensor(v) for k, v in (mistakes or {}).items()}
     close = lambda other: (got.shape == other.shape
-                           and torch.allclose(got.double(), other.double(), rtol=0, atol=tolerance * max(1.0, _size(other))))
+                           and torch.allclose(got.double(), other.double(), rtol=0, atol=tolerance * max(1.0, _size(other)),
+                                              equal_nan=True))            # nan is what some mistakes give; want never is
     if close(want):
         return
     for mistake, value in mistakes.items():
