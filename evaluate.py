@@ -25,7 +25,7 @@ from model import load_model
 # Okabe and Ito's colours, told apart by colour-blind readers and in grey; the same colour for the same thing everywhere
 COLOURS = {"reference": "#000000", "dpo": "#0072B2", "plain": "#D55E00", "optimum": "#009E73", "rejected": "#CC79A7",
            "limit": "#999999"}
-NAMES = {"dpo": "DPO", "plain": "plain DPO"}
+NAMES = {"dpo": "DPO", "plain": "plain DPO", "ppo": "PPO"}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -58,14 +58,15 @@ def annotator_ceiling(annotator):
     return world.label_ceiling(world.grammar_logps(train), scores).mean().item()
 
 
-def measure(logps, ref_logps, beta):
-    """Everything the closing table says of a policy, averaged over held-out prompts; logps, ref_logps: `exact_logps`.
+def measure(logps, ref_logps, beta, r=None):
+    """Everything the closing table says of a policy, averaged over prompts; logps, ref_logps: `exact_logps`; r: the true rewards,
+    those of the held-out prompts unless others are given.
 
     reward, kl, objective (J = E[r*] - beta KL): of the policy given that its text is well-formed, against the reference
     given the same, so that they compare with the frontier. objective_all, win_rate: ill-formed text counted, at its low
     reward. wellformed: the policy's mass on well-formed text.
     """
-    r = held_out_rewards()
+    r = held_out_rewards() if r is None else r
     p, ref = world.normalise(logps), world.normalise(ref_logps)
     p_all, r_all = world.with_ill_formed(logps, r)
     ref_all, _ = world.with_ill_formed(ref_logps, r)

@@ -134,7 +134,7 @@ def test_the_table_of_claims_is_that_of_the_tests():
     for number, _, cell, where, notebook in rows:
         named = {(file, test) for test, file in re.findall(r"\[`(\w+)`\]\(([\w./]+)\)", cell)}
         assert named == proofs.get(int(number), set()), f"claim {number}"
-        assert named or cell == "waits for `rlhf.py`" and not (ROOT / "rlhf.py").exists(), f"claim {number} has no proof"
+        assert named, f"claim {number} has no proof"
         for n in re.fullmatch(r"(\[?0\d.*?)", notebook)[0].split(", "):
             there = list((ROOT / "notebooks").glob(f"{n.strip('[')[:2]}_*.ipynb"))
             assert n == (f"[{n[1:3]}](notebooks/{there[0].name})" if there else n[:2]), f"claim {number}: notebook {n}"
