@@ -327,7 +327,7 @@ def draw_fig2_left(plt):
         points(ax, [r for r in rows if r["method"] == method], "kl", "reward", method)
         if not method.startswith("best"):
             points(right, [r for r in rows if r["method"] == method], "kl", "wellformed", method)
-    ax.set_xlim(-0.1, 4.2)
+    ax.set_xlim(-0.1, 4.8)
     ax.set_xlabel("KL(policy || reference), nats a response")
     right.set_xlabel("KL(policy || reference), nats a response")
     ax.set_ylabel("true reward E[r*]")
@@ -336,7 +336,7 @@ def draw_fig2_left(plt):
     right.set_ylabel("share of the policy's text that is well-formed")
     right.set_title("and how much of its text that is", fontsize=9)
     right.set_ylim(0, 1.03)
-    right.set_xlim(-0.1, 4.2)
+    right.set_xlim(-0.1, 4.8)
     return rows, fig
 
 
@@ -470,7 +470,8 @@ def draw_over_optimisation(plt):
             rows.append({"seed": seed, "method": "tilted", "setting": beta, "kl": c["kl"], "reward": c["reward"], "learned": c["learned"], "wellformed": 1.0})
         for p in cell(seed, "ppo-unleashed")["path"]:
             rows.append({"seed": seed, "method": "PPO, beta = 0.05", "setting": p["generated"], "kl": p["kl"], "reward": p["reward"],
-                         "learned": p.get("score", ""), "wellformed": p["wellformed"], "objective_all": p["objective_all"]})
+                         "learned": p.get("score", ""), "wellformed": p["wellformed"],
+                         "reward_all": p["wellformed"] * p["reward"] + (1 - p["wellformed"]) * world.ILL_FORMED_REWARD})
     fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4), layout="constrained")
     f = [cell(seed, "frontier") for seed in SEEDS]
     mean = lambda key: torch.tensor([g[key] for g in f]).mean(0)
@@ -483,24 +484,29 @@ def draw_over_optimisation(plt):
     left.fill_between(kl, true - se, true + se, color=C["PPO, learned reward"], alpha=0.25, lw=0)
     left.plot(kl, learned, ":", color=C["PPO, learned reward"], label="... and what the reward model thinks of it")
     turn = int(true.argmax())
-    left.plot(kl[turn], true[turn], "v", color="black", ms=7, label=f"the turn: KL {kl[turn]:.1f}, true reward {true[turn]:.2f}")
+    if turn < len(true) - 1:
+        left.plot(kl[turn], true[turn], "v", color="black", ms=7, label=f"the turn: KL {kl[turn]:.1f}, true reward {true[turn]:.2f}")
     left.set_xlabel("KL(policy || reference), nats a response")
     left.set_ylabel("reward, well-formed text")
     left.legend(fontsize=7, loc="lower right")
-    left.set_title("the learned reward, perfectly optimised (exact)", fontsize=9)
+    left.set_title("the learned reward, perfectly optimised over well-formed text (exact)", fontsize=8)
     path = [r for r in rows if r["method"] != "tilted"]
-    for key, label, colour, marker in (("learned", "score by the reward model (samples)", C["PPO, learned reward"], "s"),
-                                       ("reward", "true reward of well-formed text", C["PPO, true reward"], "o")):
+    for key, label, colour, marker in (("learned", "score by the reward model (samples, train prompts)", C["PPO, learned reward"], "s"),
+                                       ("reward", "true reward of its well-formed text", C["PPO, true reward"], "o"),
+                                       ("reward_all", "true reward of all its text", C["Unlikelihood"], "X")):
         ks = [k for k in dict.fromkeys(r["setting"] for r in path) if k or key != "learned"]
         m, s = zip(*(mean_se([r[key] for r in path if r["setting"] == k]) for k in ks))
         right.errorbar(ks, m, yerr=s, marker=marker, ms=4, lw=1, capsize=2, color=colour, label=label)
-    ks = list(dict.fromkeys(r["setting"] for r in path))
-    m, s = zip(*(mean_se([r["wellformed"] for r in path if r["setting"] == k]) for k in ks))
-    right.errorbar(ks, m, yerr=s, marker="X", ms=4, lw=1, capsize=2, color=C["Unlikelihood"], label="share of well-formed text")
+        if key == "reward_all":
+            for seed in SEEDS:                             # the mean hides that some runs fall and some do not
+                right.plot(ks, [r[key] for r in path if r["seed"] == seed], color=colour, lw=0.6, alpha=0.6)
+            top = max(range(len(ks)), key=lambda i: m[i])
+            far, _ = mean_se([r["kl"] for r in path if r["setting"] == ks[top]])
+            right.axvline(ks[top], color="black", ls=":", lw=1, label=f"the turn: {ks[top]:,} samples, KL {far:.1f}")
     right.set_xlabel("generated samples, PPO with beta = 0.05")
-    right.set_ylabel("reward, and share")
-    right.legend(fontsize=7)
-    right.set_title("the same by PPO on training prompts' samples", fontsize=9)
+    right.set_ylabel("reward")
+    right.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    right.set_title("the same by PPO, which may also leave the grammar", fontsize=8)
     return rows, fig
 
 
@@ -512,11 +518,15 @@ def draw_ppo_details(plt):
     for i, name in enumerate(DETAILS):
         of = [r for r in rows if r["detail"] == name]
         m, s = mean_se([r["share"] for r in of])
-        ax.errorbar(m, i, xerr=s, marker="o", ms=6, capsize=3, color=C["PPO, true reward"] if i else "black")
+        if m < 0.8:                                        # far off the scale: an arrow, and the figure beside it
+            ax.plot(0.805, i, "<", ms=8, color=C["Unlikelihood"])
+        else:
+            ax.errorbar(m, i, xerr=s, marker="o", ms=6, capsize=3, color=C["PPO, true reward"] if i else "black")
         ax.text(1.02, i, f"{m:.1%} ± {s:.1%};  well-formed {mean_se([r['wellformed'] for r in of])[0]:.1%}", va="center", fontsize=7,
                 transform=ax.get_yaxis_transform())
     ax.set_yticks(range(len(DETAILS)), list(DETAILS), fontsize=8)
     ax.invert_yaxis()
+    ax.set_xlim(0.8, 1.0)
     ax.set_xlabel(f"J as a share of the optimum's, PPO on the true reward, {SWEEP:,} samples")
     return rows, fig
 

@@ -155,6 +155,86 @@ def exercise_3_3(missing_mass):
         "The policy's probability alone: divide by the reference's.": 1 - pi.mean()}, what="The missing mass")
 
 
+# ---- 04 RLHF against DPO
+
+@check
+def exercise_4_1(token_rewards):
+    """token_rewards(score, logps, ref_logps, beta): a reward for every token of one response; logps, ref_logps (T,)."""
+    logps, ref = torch.tensor([-1.0, -2.0, -0.5]).double(), torch.tensor([-1.5, -1.0, -0.75]).double()
+    last, score = torch.tensor([0.0, 0.0, 1.0]).double(), 2.0
+    for beta in (0.5, 2.0):
+        penalty = beta * (logps - ref)
+        assert_same(ask(token_rewards, score, logps, ref, beta), score * last - penalty, 1e-9, {
+            "The KL is added; it is a penalty, so it is subtracted.": score * last + penalty,
+            "beta is missing before the log-ratio.": score * last - (logps - ref),
+            "The score stands at every token; it belongs to the last one alone.": score - penalty,
+            "The score stands at the first token; it is given when the response is complete, at the last one.": score * last.flip(0) - penalty,
+            "The score is missing: add it at the last token.": -penalty,
+            "The last token pays its log-ratio too: the score is added to it, not put in its place.": score * last - penalty * (1 - last),
+            "That is the sum; wanted a reward for every token.": score - penalty.sum()}, what=f"The rewards at beta = {beta:g}")
+
+
+@check
+def exercise_4_2(gae):
+    """gae(rewards, values, lam) with gamma = 1, of one response; rewards, values (T,). After the last token the value is 0."""
+    rewards, values = torch.tensor([-0.1, 0.2, 1.5]).double(), torch.tensor([0.4, -0.3, 0.8]).double()
+    following = torch.tensor([-0.3, 0.8, 0.0]).double()
+
+    def backwards(delta, lam):
+        out, later = [], 0.0
+        for d in reversed(delta.tolist()):
+            later = d + lam * later
+            out.append(later)
+        return torch.tensor(out[::-1], dtype=torch.float64)
+    delta = rewards + following - values
+    to_go = backwards(rewards, 1.0)
+    for lam in (0.0, 0.7, 1.0):
+        assert_same(ask(gae, rewards, values, lam), backwards(delta, lam), 1e-9, {
+            "These are the TD errors alone: add lam times the next advantage.": delta,
+            "lam is missing: later TD errors count in full, which is right at lam = 1 only.": backwards(delta, 1.0),
+            "The values are missing: that is a sum of rewards, not of TD errors.": backwards(rewards, lam),
+            "That is the reward to go: subtract what the critic expected.": to_go,
+            "The value of the next state is missing from the TD error, r + V' - V.": backwards(rewards - values, lam),
+            "The TD error is r + V' - V; its V and V' are swapped.": backwards(rewards - following + values, lam),
+            "After the last token there is nothing to come: its V' is 0.": backwards(rewards + torch.tensor([-0.3, 0.8, 0.8]).double() - values, lam),
+            "It runs forwards: an advantage looks at what comes later, not at what was before.": backwards(delta.flip(0), lam).flip(0)},
+            what=f"The advantages at lam = {lam:g}")
+
+
+@check
+def exercise_4_3(clipped_gain):
+    """clipped_gain(ratio, advantage, clip): what PPO maximises, for every token; tensors of one shape."""
+    ratio, advantage = torch.tensor([0.5, 0.9, 1.0, 1.1, 1.5] * 2).double(), torch.tensor([2.0] * 5 + [-3.0] * 5).double()
+    for clip in (0.2, 0.3):
+        plain, clipped = ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage
+        assert_same(ask(clipped_gain, ratio, advantage, clip), torch.minimum(plain, clipped), 1e-9, {
+            "Nothing is clipped: that is the ratio times the advantage.": plain,
+            "Clipped on both sides: take the smaller of the clipped and the unclipped gain.": clipped,
+            "The larger of the two; PPO takes the smaller, the pessimistic one.": torch.maximum(plain, clipped),
+            "That is the loss; wanted the gain, without the minus.": -torch.minimum(plain, clipped),
+            "The advantage is missing.": torch.minimum(ratio, ratio.clamp(1 - clip, 1 + clip))}, what=f"The gain at clip = {clip:g}")
+
+
+@check
+def exercise_4_4(baseline):
+    """baseline(pi_logps, ref_logps, reward, beta): the mean of r - beta log(pi/ref) under pi, which is J(pi)."""
+    ref, reward = small_world(4)
+    for beta in (0.5, 2.0):
+        pi = torch.log_softmax(ref + 0.4 * reward, -1)
+        value = lambda p: world.expected(p, reward - beta * (pi - ref))
+        assert_same(torch.as_tensor(ask(baseline, pi, ref, reward, beta)).double(), value(pi), 1e-9, {
+            "That is E[r] alone: each response also pays beta log(pi/ref).": world.expected(pi, reward),
+            "The KL is added; it is a penalty.": 2 * world.expected(pi, reward) - value(pi),
+            "beta is missing.": world.expected(pi, reward - (pi - ref)),
+            "The mean is over the reference; samples come from the policy.": value(ref),
+            "Every response counts alike; weigh each with the policy's probability.": (reward - beta * (pi - ref)).mean(),
+            "That is beta log Z, the best that any policy can expect; this policy, which is not pi*, expects less.":
+                beta * world.log_partition(ref, reward, beta)}, what=f"The baseline at beta = {beta:g}")
+        star = world.optimal_policy(ref, reward, beta)
+        left = reward - beta * (star - ref) - ask(baseline, star, ref, reward, beta)
+        assert left.abs().max() < 1e-9, "At pi* an advantage is not 0."
+
+
 # ---- 08 Find the bug
 
 def diagnose(number, answer, patient):

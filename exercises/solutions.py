@@ -52,6 +52,32 @@ def missing_mass(policy_logps, ref_logps):
     return 1 - (policy_logps - ref_logps).exp().mean()
 
 
+# ---- 04
+
+
+def token_rewards(score, logps, ref_logps, beta):
+    rewards = -beta * (logps - ref_logps)
+    rewards[-1] += score
+    return rewards
+
+
+def gae(rewards, values, lam):
+    advantages, advantage, next_value = torch.zeros_like(rewards), 0.0, 0.0
+    for t in reversed(range(len(rewards))):
+        advantage = rewards[t] + next_value - values[t] + lam * advantage
+        next_value = values[t]
+        advantages[t] = advantage
+    return advantages
+
+
+def clipped_gain(ratio, advantage, clip):
+    return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+
+
+def baseline(pi_logps, ref_logps, reward, beta):
+    return (pi_logps.exp() * (reward - beta * (pi_logps - ref_logps))).sum()
+
+
 # ---- 08: where the bugs sit
 
 PATIENTS = {"A": "data.collate", "B": "data.pad", "C": "model.GPT.hidden", "D": "dpo.dpo_loss", "E": "model.sample", "F": "world.kl"}

@@ -55,6 +55,14 @@ def test_links_of_a_notebook_lead_somewhere(path):
 
 # ---- Exercises: a solution, a stub, and what is often written instead (with a piece of what should be said)
 
+def forwards(rewards, values, lam):
+    """4.2 begun at the wrong end: an advantage that adds up what was before."""
+    out = (rewards + torch.cat([values[1:], torch.zeros(1).double()]) - values).tolist()
+    for t in range(1, len(out)):
+        out[t] += lam * out[t - 1]
+    return torch.tensor(out, dtype=torch.float64)
+
+
 EXERCISES = {
     "1_1": (solutions.objective, {
         "the KL is missing": lambda p, q, r, beta: sum(a * c for a, c in zip(p, r)),
@@ -84,6 +92,30 @@ EXERCISES = {
         "upside down": lambda p, q: solutions.missing_mass(q, p),
         "exp of a mean": lambda p, q: 1 - (p - q).mean().exp(),
         "what is missing": lambda p, q: (p - q).exp().mean()}),
+    "4_1": (solutions.token_rewards, {
+        "it is a penalty": lambda s, p, q, beta: solutions.token_rewards(s, q, p, beta),
+        "beta is missing": lambda s, p, q, beta: solutions.token_rewards(s, p, q, 1.0),
+        "at every token": lambda s, p, q, beta: s - beta * (p - q),
+        "at the first token": lambda s, p, q, beta: solutions.token_rewards(s, p.flip(0), q.flip(0), beta).flip(0),
+        "not put in its place": lambda s, p, q, beta: torch.cat([-beta * (p - q)[:-1], torch.tensor([s]).double()])}),
+    "4_2": (solutions.gae, {
+        "the TD errors alone": lambda r, v, lam: solutions.gae(r, v, 0.0),
+        "lam is missing": lambda r, v, lam: solutions.gae(r, v, 1.0),
+        "The values are missing": lambda r, v, lam: solutions.gae(r, 0 * v, lam),
+        "the reward to go": lambda r, v, lam: solutions.gae(r, 0 * v, 1.0),
+        "its V' is 0": lambda r, v, lam: solutions.gae(r + torch.tensor([0, 0, 1]) * v, v, lam),
+        "It runs forwards": lambda r, v, lam: forwards(r, v, lam)}),
+    "4_3": (solutions.clipped_gain, {
+        "Nothing is clipped": lambda ratio, a, clip: ratio * a,
+        "Clipped on both sides": lambda ratio, a, clip: ratio.clamp(1 - clip, 1 + clip) * a,
+        "the pessimistic one": lambda ratio, a, clip: torch.maximum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a),
+        "That is the loss": lambda ratio, a, clip: -solutions.clipped_gain(ratio, a, clip)}),
+    "4_4": (solutions.baseline, {
+        "E[r] alone": lambda p, q, r, beta: (p.exp() * r).sum(),
+        "it is a penalty": lambda p, q, r, beta: (p.exp() * (r + beta * (p - q))).sum(),
+        "beta is missing": lambda p, q, r, beta: solutions.baseline(p, q, r, 1.0),
+        "samples come from the policy": lambda p, q, r, beta: (q.exp() * (r - beta * (p - q))).sum(),
+        "beta log Z": lambda p, q, r, beta: beta * torch.logsumexp(q + r / beta, -1)}),
     "8_1": ("data.collate", {"the right file": "data.pad", "so is all of its file": "train.fit", "name a function": "collate"}),
     "8_2": ("data.pad", {"the right file": "data.collate", "so is all of its file": "model.GPT.generate"}),
     "8_3": ("model.GPT.hidden", {"the right file": "model.GPT.generate", "so is all of its file": "world.Trie.logps"}),

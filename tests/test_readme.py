@@ -1,5 +1,6 @@
 """The README is executed or compared: commands, flags, files and figures cannot drift."""
 import ast
+import csv
 import json
 import math
 import re
@@ -9,6 +10,8 @@ import shlex
 import pytest
 import torch
 
+import experiments
+import rlhf
 import train
 from conftest import ROOT
 
@@ -40,6 +43,87 @@ def remedy_rows(remedies):
         yield (f"| {name} | {of(lambda s: s['captured'])} | {of(lambda s: s['policy_wellformed'])} "
                f"| {of(lambda s: s['objective'] / s['objective_optimal'])} "
                f"| {of(lambda s: s['objective_all'] / s['objective_all_optimal'])} |")
+
+
+def paper(name):
+    """The rows of an experiment's CSV, numbers as numbers."""
+    def value(text):
+        try:
+            return float(text)
+        except ValueError:
+            return text
+    with open(ROOT / "docs" / "paper" / f"{name}.csv", encoding="utf-8", newline="") as f:
+        return [{k: value(v) for k, v in row.items()} for row in csv.DictReader(f)]
+
+
+def comparison_rows():
+    """The README's table of what DPO replaces, from docs/paper/who-labels.csv; the seconds from docs/paper/alone.json, the rlhf.json
+    of a run of seed 0 with nothing else on the machine."""
+    rows = paper("who-labels")
+    alone = json.loads((ROOT / "docs" / "paper" / "alone.json").read_text(encoding="utf-8"))["rows"]
+    for name, title in rlhf.TITLES.items():
+        of = [r for r in rows if r["row"] == title]
+        column = lambda key, **how: mean_se([r[key] for r in of], **how)
+        samples = f"{of[0]['generated']:,.0f}" + (" an answer" if title.startswith("best") else "")
+        shown = title.replace("pi*", "π\\*")
+        yield (f"| {shown} | {of[0]['labels']:,.0f} | {samples} | {of[0]['models']:.0f} | {alone[name]['seconds']:.0f} "
+               f"| {column('reward', digits=2)} | {column('kl', digits=2)} | {column('share', percent=True)} | {column('wellformed', percent=True)} |")
+
+
+def gallery_figures():
+    """The numbers of the gallery's sentences, from the CSVs; each must stand in the README as it is here."""
+    def of(name, column, **where):
+        rows = [r for r in paper(name) if all(r[k] == v for k, v in where.items())]
+        assert len(rows) == 3, (name, where)
+        return mean_se([column(r) if callable(column) else r[column] for r in rows], percent=True)
+    share = lambda method, setting: of("fig2-left", "share_of_frontier", method=method, setting=setting)
+    yield f"DPO reaches {share('DPO', 'beta 2')} of the possible gain at β = 2 and {share('DPO', 'beta 1')} at β = 1"
+    yield f"PPO on the learned reward {share('PPO, learned reward', 'target KL 0.6')} at a target of 0.6 nats"
+    yield f"{share('DPO', 'beta 0.5')} at β = 0.5, {share('DPO', 'beta 0.25')} at β = 0.25"
+    yield f"PPO on the learned reward keeps {share('PPO, learned reward', 'target KL 2.5')} at 2.5 nats"
+    yield f"best of 256 {share('best of N, learned reward', 'N 256')}"
+    temperature = lambda method, t: of("fig2-right", "win_rate", method=method, temperature=t)
+    yield (f"DPO {temperature('DPO', 0)} at temperature 0 and {temperature('DPO', 1)} at 1, PPO {temperature('PPO, learned reward', 0)} and "
+           f"{temperature('PPO, learned reward', 1)}")
+    win = lambda method: of("fig3", "win_rate", method=method, step="")
+    yield f"base {win('base')}, Preferred-FT {win('Preferred-FT')}, DPO {win('DPO')}, best of 128 {win('best of 128 by r*')}"
+    seen = lambda method, where: of("table1", "win_rate", method=method, prompts=where)
+    yield (f"DPO {seen('DPO', 'trained')} and {seen('DPO', 'held out')}, PPO {seen('PPO, learned reward', 'trained')} and "
+           f"{seen('PPO, learned reward', 'held out')}")
+    best = lambda judge, n: of("fig4", "win_rate", judge=judge, N=n)
+    yield (f"{best('r*', 16)} at N = 16 and {best('r*', 128)} at N = 128 by r\\*, {best('learned reward', 16)} and "
+           f"{best('learned reward', 128)} by the learned reward")
+    optimal = {r["seed"]: r["objective"] for r in paper("who-labels") if r["row"] == rlhf.TITLES["optimum"]}
+    labels = lambda method, n: of("labels-and-samples", lambda r: r["objective"] / optimal[r["seed"]], method=method, labels=n)
+    yield (f"from 2,500 labels DPO gets {labels('DPO', 2500)} of J\\*, RLHF {labels('RLHF', 2500)}; from 20,000 "
+           f"{labels('DPO', 20000)} and {labels('RLHF', 20000)}")
+    samples = lambda n: of("labels-and-samples", lambda r: r["objective"] / optimal[r["seed"]], method="RLHF, 40,000 labels", generated=n)
+    yield f"{samples(2560)} from 2,560 samples to {samples(40960)} from 40,960"
+    quality = json.loads((ROOT / "docs" / "paper" / "alone.json").read_text(encoding="utf-8"))["reward_models"]["human"]
+    yield f"It ranks {quality['accuracy']:.1%} of fresh labels rightly where {quality['ceiling']:.1%} is the ceiling".replace("%", " %")
+    last = {r["seed"]: r for r in paper("over-optimisation") if r["method"].startswith("PPO")}           # the last of each seed
+    hacked = [r for r in last.values() if r["wellformed"] < 0.5]
+    yield f"{['no run', 'one run', 'two runs', 'all runs'][len(hacked)]} of three end in text that is no review"
+    for detail in experiments.DETAILS:
+        if detail in ("as it is", "no ratio clip", "no learning rate annealing", "no critic: REINFORCE++"):
+            yield of("ppo-details", "share", detail=detail)
+
+
+def test_the_figures_in_the_gallery_are_those_of_the_recorded_runs():
+    text = " ".join(README.split())
+    for sentence in gallery_figures():
+        assert sentence in text, f"README.md lacks: {sentence}"
+
+
+def test_the_comparison_is_that_of_the_recorded_runs():
+    for row in comparison_rows():
+        assert row in README, f"README.md lacks the row\n{row}\nIt comes from docs/paper/who-labels.csv"
+
+
+def test_every_experiment_is_recorded_for_three_seeds_and_shown():
+    for name in experiments.EXPERIMENTS:
+        assert {r["seed"] for r in paper(name)} == {0, 1, 2}, name
+        assert f"(docs/paper/{name}.png)" in README and f"(docs/paper/{name}.csv)" in README, f"the gallery lacks {name}"
 
 
 def test_the_closing_table_is_that_of_the_recorded_runs():
