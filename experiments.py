@@ -15,7 +15,6 @@ import concurrent.futures
 import csv
 import json
 import math
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -39,13 +38,8 @@ SWEEP = 20_480               # responses generated in each policy learning of a 
 # --------------------------------------------------------------------------------------------------------------------
 # What is trained: cells. A cell is a function of a run and settings that returns plain numbers; each is computed once.
 
-def exact(run, policy):
-    ref = evaluate.exact_logps(run.reference, run.held_out)
-    return evaluate.measure(evaluate.exact_logps(policy, run.held_out), ref, run.beta)
-
-
 def cell_dpo(run, folder, beta=1.0, labels=None):
-    return exact(run, rlhf.dpo_policy(run, run.examples("human")[:labels], folder, beta))
+    return run.measure(rlhf.dpo_policy(run, run.examples("human")[:labels], folder, beta))
 
 
 def cell_ppo(run, folder, judge="human", path=False, labels=None, **settings):
@@ -61,15 +55,15 @@ def cell_ppo(run, folder, judge="human", path=False, labels=None, **settings):
 
     def at_step(generated):
         if path and generated % every == 0:
-            steps.append({"generated": generated, **exact(run, policy)})
+            steps.append({"generated": generated, **run.measure(policy)})
     history = rlhf.learn(policy, run.reference, score, run.prompt_ids, rlhf.Settings(**settings), run.seed, at_step)
     for step in steps[1:]:
         step["score"] = next(h["score"] for h in history if h["generated"] == step["generated"])
-    return exact(run, policy) | {"path": steps}
+    return run.measure(policy) | {"path": steps}
 
 
 def cell_unlikelihood(run, folder, alpha):
-    return exact(run, rlhf.unlikelihood(run.new_policy(), run.examples("human"), folder, run.seed, alpha))
+    return run.measure(rlhf.unlikelihood(run.new_policy(), run.examples("human"), folder, run.seed, alpha))
 
 
 def two_samplers(prompts):
@@ -259,12 +253,10 @@ def make_cells(names):
     missing = [(seed, name) for name in names for seed in SEEDS if not cell_file(seed, name).exists()]
     if not missing:
         return
-    os.environ["TQDM_DISABLE"] = "1"                                   # the children's bars; this one stands for them
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+    with rlhf.processes() as pool:
         jobs = [pool.submit(make_cell, *cell) for cell in missing]
         for job in tqdm(concurrent.futures.as_completed(jobs), total=len(jobs), desc="cells", unit="cell", dynamic_ncols=True, disable=False):
             job.result()
-    del os.environ["TQDM_DISABLE"]
 
 
 def cell(seed, name):
@@ -532,8 +524,8 @@ def draw_ppo_details(plt):
 
 
 def draw_who_labels(plt):
-    rows = [{"seed": seed, "row": rlhf.TITLES[name], **{k: v for k, v in r.items()}, "share": r["objective"] / rlhf_rows(seed)["optimum"]["objective"]}
-            for seed in SEEDS for name, r in rlhf_rows(seed).items()]
+    rows = [{"seed": seed, "row": rlhf.TITLES[name], **r, "share": r["objective"] / rlhf_rows(seed)["optimum"]["objective"]}
+            for seed in SEEDS for name in rlhf.TITLES if (r := rlhf_rows(seed).get(name))]
     fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.2), layout="constrained", sharey=True)
     names = [n for n in dict.fromkeys(r["row"] for r in rows) if not n.startswith(("best", "reference"))]
     for i, name in enumerate(names):

@@ -16,6 +16,7 @@ before it is the prompt and the response so far.
 """
 import argparse
 import concurrent.futures
+import contextlib
 import copy
 import json
 import math
@@ -24,7 +25,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -432,6 +433,14 @@ class Run:
         file = self.stage_folder(name) / "result.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
+    @cached_property
+    def ref_logps(self):
+        return evaluate.exact_logps(self.reference, self.held_out)
+
+    def measure(self, policy):
+        """evaluate.measure of a GPT, exact, on the held-out prompts."""
+        return evaluate.measure(evaluate.exact_logps(policy, self.held_out), self.ref_logps, self.beta)
+
     def new_policy(self):
         return copy.deepcopy(self.reference).requires_grad_(True)
 
@@ -480,9 +489,14 @@ def run_stage(run, name, settings):
         policy = dpo_policy(run, run.examples(who), folder, run.beta, who)
     else:
         policy = {"preferred": preferred_ft, "unlikelihood": unlikelihood}[method](run.new_policy(), run.examples("human"), folder, run.seed)
-    if method != "reward":
+    seconds = time.time() - start
+    if method == "reward":
+        measured = judge_quality(all_scores(model, run.held_out), run.held_out)
+    else:
         save_model(policy, folder / "policy.pt", reference=evaluate.fingerprint(run.reference))
-    evaluate.write_json({"labels": labels, "generated": generated, "models": models, "seconds": time.time() - start}, folder / "result.json")
+        measured = run.measure(policy)
+    evaluate.write_json({"cost": {"labels": labels, "generated": generated, "models": models, "seconds": seconds}, "measured": measured},
+                        folder / "result.json")
 
 
 def run_chain(folder, names, settings, device):
@@ -498,23 +512,34 @@ def run_chains(run, settings):
     missing = [name for name in STAGES if run.result(name) is None]
     if not missing:
         return
-    os.environ["TQDM_DISABLE"] = "1"                                   # the children's bars; this one stands for them
-    workers = min(len(CHAINS), os.cpu_count() or 1)
+    with processes() as pool, tqdm(total=len(missing), desc="stages", unit="stage", dynamic_ncols=True, disable=False) as bar:
+        jobs = [pool.submit(run_chain, run.folder, chain, settings, run.device) for chain in CHAINS]
+        while missing:
+            concurrent.futures.wait(jobs, timeout=1, return_when=concurrent.futures.FIRST_EXCEPTION)
+            for job in jobs:
+                if job.done():
+                    job.result()                                       # raises what the child raised
+            for name in [n for n in missing if run.result(n) is not None]:
+                missing.remove(name)
+                bar.update()
+            bar.set_postfix_str("still to do: " + ", ".join(missing))
+
+
+@contextlib.contextmanager
+def processes():
+    """A pool of processes, one a core, without progress bars of their own: the parent's stands for them.
+
+    MALLOC_...: where the C library is glibc, it hands every large buffer back to the system and gets it again for the next
+    operation, which costs these small models a twentieth of their time; elsewhere the settings mean nothing."""
+    settings = {"TQDM_DISABLE": "1", "MALLOC_MMAP_THRESHOLD_": str(2 ** 25), "MALLOC_TRIM_THRESHOLD_": str(2 ** 32)}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)                                        # read by the children as they start
     try:
-        with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool, \
-             tqdm(total=len(missing), desc="stages", unit="stage", dynamic_ncols=True, disable=False) as bar:
-            jobs = [pool.submit(run_chain, run.folder, chain, settings, run.device) for chain in CHAINS]
-            while missing:
-                concurrent.futures.wait(jobs, timeout=1, return_when=concurrent.futures.FIRST_EXCEPTION)
-                for job in jobs:
-                    if job.done():
-                        job.result()                                   # raises what the child raised
-                for name in [n for n in missing if run.result(n) is not None]:
-                    missing.remove(name)
-                    bar.update()
-                bar.set_postfix_str("still to do: " + ", ".join(missing))
+        with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+            yield pool
     finally:
-        del os.environ["TQDM_DISABLE"]
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def dpo_seconds(run):
@@ -535,27 +560,28 @@ TITLES = {"reference": "reference (SFT)", "ppo-human": "RLHF: human labels, rewa
 
 def compare(run):
     """Every row of the comparison, {name: measurements}, and what the reward models are worth. Exact, on held-out prompts."""
-    ref = evaluate.exact_logps(run.reference, run.held_out)
+    ref = run.ref_logps
     measure = lambda logps: evaluate.measure(logps, ref, run.beta)
-    scores = {who: all_scores(run.reward_model(f"reward-{who}"), run.held_out) for who in ("human", "ai")}
     none = {"labels": 0, "generated": 0, "models": 1, "seconds": 0.0}
     label = none | {"labels": run.flags["pairs"]}
     rows = {"reference": measure(ref) | none}
-    for name in ("ppo-human", "ppo-ai", "ppo-judge", "dpo", "plain", "dpo-ai", "reinforce-human", "ppo-true", "preferred-ft", "unlikelihood"):
-        if name in ("dpo", "plain"):
-            if name in run.models:
-                rows[name] = measure(evaluate.exact_logps(run.models[name], run.held_out)) | label | {"seconds": dpo_seconds(run)}
+    for name in ("dpo", "plain"):
+        if name in run.models:
+            rows[name] = run.measure(run.models[name]) | label | {"seconds": dpo_seconds(run)}
+    for name in STAGES:
+        if name.startswith("reward"):
             continue
-        rows[name] = measure(evaluate.exact_logps(run.policy(name), run.held_out)) | run.result(name)
-        if name.endswith(("-human", "-ai")) and not name.startswith("dpo"):
-            rows[name]["seconds"] += run.result("reward-" + name.rpartition("-")[2])["seconds"]
+        rows[name] = run.result(name)["measured"] | run.result(name)["cost"]
+        if name in ("ppo-human", "ppo-ai", "reinforce-human"):         # with their reward model's time
+            rows[name]["seconds"] += run.result("reward-" + name.rpartition("-")[2])["cost"]["seconds"]
+    scores = all_scores(run.reward_model("reward-human"), run.held_out)
     for n in (16, 128):                                                # over the reference's well-formed text
-        best = torch.stack([tabular.best_of_n(q, s, n) for q, s in zip(world.normalise(ref), scores["human"])])
-        rows[f"best-of-{n}"] = measure(best) | label | {"models": 2, "generated": n, "seconds": run.result("reward-human")["seconds"]}
-    learned = world.optimal_policy(world.normalise(ref), scores["human"], run.beta)
+        best = torch.stack([tabular.best_of_n(q, s, n) for q, s in zip(world.normalise(ref), scores)])
+        rows[f"best-of-{n}"] = measure(best) | label | {"models": 2, "generated": n, "seconds": run.result("reward-human")["cost"]["seconds"]}
+    learned = world.optimal_policy(world.normalise(ref), scores, run.beta)
     rows["optimum-learned"] = measure(learned) | none | {"labels": run.flags["pairs"], "models": 0}
     rows["optimum"] = evaluate.optimum(ref, run.beta, run.beta) | none | {"models": 0}
-    quality = {who: judge_quality(s, run.held_out) for who, s in scores.items()}
+    quality = {who: run.result(f"reward-{who}")["measured"] for who in ("human", "ai")}
     quality["judge"] = judge_quality(world.rewards(run.held_out, world.responses(), world.ai_score), run.held_out)
     return {"beta": run.beta, "rows": rows, "reward_models": quality}
 
@@ -631,7 +657,7 @@ def main(argv=None):
     run_chains(run, asked)
     comparison = compare(run) | {"settings": asked}
     print("\n" + comparison_table(comparison))
-    plot_plane(comparison, evaluate.exact_logps(run.reference, run.held_out), run.folder / "rlhf.png")
+    plot_plane(comparison, run.ref_logps, run.folder / "rlhf.png")
     torch.manual_seed(run.seed)
     evaluate.show_answers({"sft": run.reference, "dpo": run.models["dpo"], "ppo": run.policy("ppo-human")}, run.tokenizer, run.held_out[2])
     comparison["seconds"] = time.time() - start
