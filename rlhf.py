@@ -454,14 +454,13 @@ class Run:
 
 
 def dpo_policy(run, examples, folder, beta, annotator="human", reference=None, at_step=None, **weights):
-    """DPO exactly as train.py does it, on other pairs or with another beta: from the run's reference, with the run's flags.
+    """DPO exactly as train.py does it, with the run's own flags, on other pairs or with another beta, reference or weights.
     at_step(policy, step, total): called before every step and after the last."""
-    flags = run.flags | weights
     reference = reference or run.reference
-    args = train.parse_args(["--seed", str(run.seed), "--beta", str(beta), "--annotator", annotator, "--out-dir", str(folder)])
+    args = argparse.Namespace(**run.flags | {"beta": beta, "annotator": annotator, "out_dir": folder} | weights)
     policy = copy.deepcopy(reference).requires_grad_(True)
     train.train_dpo("dpo", policy, examples, train.reference_logps(reference, examples, 512, run.device), args,
-                    train.Log(folder / "metrics.jsonl"), flags["norm_weight"], flags["nll_weight"],
+                    train.Log(folder / "metrics.jsonl"), args.norm_weight, args.nll_weight,
                     (lambda step, total: at_step(policy, step, total)) if at_step else None)
     return policy
 

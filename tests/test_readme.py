@@ -103,7 +103,10 @@ def gallery_figures():
     yield f"It ranks {quality['accuracy']:.1%} of fresh labels rightly where {quality['ceiling']:.1%} is the ceiling".replace("%", " %")
     last = {r["seed"]: r for r in paper("over-optimisation") if r["method"].startswith("PPO")}           # the last of each seed
     hacked = [r for r in last.values() if r["wellformed"] < 0.5]
-    yield f"{['no run', 'one run', 'two runs', 'all runs'][len(hacked)]} of three end in text that is no review"
+    best = [max(r["learned"] for r in paper("over-optimisation") if r["method"] == "tilted" and r["seed"] == seed) for seed in (0, 1, 2)]
+    yield (f"{['no run', 'one run', 'two runs', 'all runs'][len(hacked)]} of three end in text that is no review, which the reward model scores "
+           + " and ".join(f"{score:.1f}" for score in sorted(r["learned"] for r in hacked))
+           + f" where its favourite reviews get about {sum(best) / 3:.1f}")
     for detail in experiments.DETAILS:
         if detail in ("as it is", "no ratio clip", "no learning rate annealing", "no critic: REINFORCE++"):
             yield of("ppo-details", "share", detail=detail)
