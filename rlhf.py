@@ -130,7 +130,7 @@ def all_scores(reward_model, prompts):
 def response_token_logps(model, tokens, mask):
     """log pi(y_t | x, y_<t) of every response token: dpo.token_logps where mask (B,S) is true and 0 elsewhere, cheaper: the head
     runs only where a response token is predicted. (B,T), (B,S) -> (B,S)"""
-    logits = model.head(model.hidden(tokens)[:, :-1][mask])                                           # (N, V)
+    logits = model.head(model.hidden(tokens[:, :-1])[mask])                                           # (N, V)
     logps = -F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), tokens[:, 1:][mask], reduction="none")
     return torch.zeros(mask.shape, dtype=logps.dtype, device=logps.device).masked_scatter(mask, logps)
 
@@ -258,7 +258,7 @@ def rollout(policy, reference, critic, score, prompts, beta):
     rewards = token_rewards(scores, logps, ref_logps, mask, beta)                                     # (B, S)
     batch = {"tokens": tokens, "mask": mask, "logps": logps, "scores": scores, "kl": (logps - ref_logps).sum(-1), "rewards": rewards}
     if critic is not None:
-        batch["values"] = critic(tokens)[:, :-1]                                                      # (B, S)
+        batch["values"] = critic(tokens[:, :-1])                                                      # (B, S)
     return batch
 
 
@@ -281,7 +281,7 @@ def learn(policy, reference, score, prompts, settings, seed=0, at_step=None, nam
     groups = [{"params": list(policy.parameters()), "lr": s.lr}]
     if critic is not None:
         groups.append({"params": list(critic.parameters()), "lr": s.critic_lr})
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-5)
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-5, fused=True)
     beta, history, return_squares = s.beta, [], []
     batches = s.samples // s.batch_size
     if at_step:
@@ -309,7 +309,7 @@ def learn(policy, reference, score, prompts, settings, seed=0, at_step=None, nam
                 logps = response_token_logps(policy, b["tokens"], b["mask"])                          # (b, S)
                 loss = ppo_loss(logps, b["logps"], b["advantages"], b["mask"], s.clip)
                 if critic is not None:                                 # two networks: the sum trains each by its own term
-                    loss = loss + value_loss(critic(b["tokens"])[:, :-1], b["values"], b["returns"], b["mask"], s.clip_values)
+                    loss = loss + value_loss(critic(b["tokens"][:, :-1]), b["values"], b["returns"], b["mask"], s.clip_values)
                 optimizer.zero_grad()
                 loss.backward()
                 for group in groups if s.max_grad_norm else []:
