@@ -43,7 +43,7 @@ def cell_dpo(run, folder, beta=1.0, labels=None):
 
 
 def cell_ppo(run, folder, judge="human", path=False, labels=None, **settings):
-    """Policy learning; path: measured on the way. labels: fit a reward model to so many pairs first."""
+    """Policy learning; path: measured on the way, with a sample. labels: fit a reward model to so many pairs first."""
     if labels:
         reward_model = rlhf.train_reward_model(run.reference, run.examples("human")[:labels], folder, run.seed)
     elif judge == "human":
@@ -55,7 +55,9 @@ def cell_ppo(run, folder, judge="human", path=False, labels=None, **settings):
 
     def at_step(generated):
         if path and generated % every == 0:
-            steps.append({"generated": generated, **run.measure(policy)})
+            with torch.random.fork_rng():                              # policy learning draws what it would have drawn
+                ids = policy.generate([run.tokenizer.encode_ordinary(run.held_out[0])], rlhf.MAX_NEW_TOKENS, eos_id=run.tokenizer.eot_token)[0]
+            steps.append({"generated": generated, **run.measure(policy), "sample": run.tokenizer.decode(ids).removesuffix("<|endoftext|>")})
     history = rlhf.learn(policy, run.reference, score, run.prompt_ids, rlhf.Settings(**settings), run.seed, at_step)
     for step in steps[1:]:
         step["score"] = next(h["score"] for h in history if h["generated"] == step["generated"])
@@ -463,7 +465,8 @@ def draw_over_optimisation(plt):
         for p in cell(seed, "ppo-unleashed")["path"]:
             rows.append({"seed": seed, "method": "PPO, beta = 0.05", "setting": p["generated"], "kl": p["kl"], "reward": p["reward"],
                          "learned": p.get("score", ""), "wellformed": p["wellformed"],
-                         "reward_all": p["wellformed"] * p["reward"] + (1 - p["wellformed"]) * world.ILL_FORMED_REWARD})
+                         "reward_all": p["wellformed"] * p["reward"] + (1 - p["wellformed"]) * world.ILL_FORMED_REWARD,
+                         "sample": p["sample"]})
     fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4), layout="constrained")
     f = [cell(seed, "frontier") for seed in SEEDS]
     mean = lambda key: torch.tensor([g[key] for g in f]).mean(0)
