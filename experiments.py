@@ -186,7 +186,7 @@ def cell_frontier(run, folder):
     return {"kl": kl, "reward": reward}
 
 
-DETAILS = {"as it is": {}, "lambda = 1": {"lam": 1.0}, "no advantage normalisation": {"normalise_advantages": False},
+DETAILS = {"as it is": {}, "lambda = 0.95": {"lam": 0.95}, "no advantage normalisation": {"normalise_advantages": False},
            "no ratio clip": {"clip": None}, "value clip 0.2": {"clip_values": 0.2}, "reward scaling": {"scale_rewards": True},
            "no learning rate annealing": {"anneal_lr": False}, "no gradient clipping": {"max_grad_norm": None},
            "no critic: REINFORCE++": {"critic": False}}

@@ -201,19 +201,20 @@ def value_loss(values, old_values, returns, mask, clip=None):
 
 @dataclass
 class Settings:
-    """How the policy is learned. From `gamma` on: the details that are said to matter, each a switch."""
+    """How the policy is learned. From `gamma` on: the details that are said to matter, each a switch. The values are those that came
+    closest to the optimum for the training prompts in about fifteen trials, two or three seeds each, on the true reward."""
     beta: float = 1.0                      # the leash, Eq. 3: larger is a smaller KL
     target_kl: float | None = None         # nats a response: beta is steered so that the KL comes to this
     samples: int = 40_960                  # responses generated in all
     batch_size: int = 512                  # responses generated with one policy before it is updated
     minibatch_size: int = 64               # responses an update
-    epochs: int = 3                        # passes over a batch: more is learned from a sample, from staler samples
-    lr: float = 1e-3
+    epochs: int = 2                        # passes over a batch: more is learned from a sample, from staler samples
+    lr: float = 2e-3
     critic: bool = True                    # False: REINFORCE++, the advantage is the reward to go
-    critic_lr: float = 2e-3
+    critic_lr: float = 3e-3
     gamma: float = 1.0                     # below 1 it is not Eq. 3's objective any more
-    lam: float = 0.95
-    clip: float | None = 0.2               # of the ratio; None: none
+    lam: float = 1.0                       # see `gae`; responses are short, so that the return's noise costs less than the critic's bias
+    clip: float | None = 0.1               # of the ratio; None: none
     normalise_advantages: bool = True
     clip_values: float | None = None
     scale_rewards: bool = False            # divide rewards by the running deviation of the returns
@@ -478,9 +479,7 @@ def run_stage(run, name, settings):
     elif method in ("ppo", "reinforce"):
         score = {"true": by_text(world.true_reward), "judge": by_text(world.ai_score)}.get(who) or by_model(run.reward_model(f"reward-{who}"))
         policy = run.new_policy()
-        # without a critic the advantages are noisier, and fresher samples helped: one trial each, J/J* 0.925 against 0.897
-        kind = {"critic": True} if method == "ppo" else {"critic": False, "batch_size": 256}
-        history = learn(policy, run.reference, score, run.prompt_ids, Settings(**settings, **kind), run.seed, name=name)
+        history = learn(policy, run.reference, score, run.prompt_ids, Settings(**settings, critic=method == "ppo"), run.seed, name=name)
         evaluate.write_json(history, folder / "history.json")
         labels, generated = labels if who in ("human", "ai") else 0, history[-1]["generated"]
         models = 2 + (method == "ppo") + (who != "true")               # policy and reference, critic, judge
