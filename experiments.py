@@ -18,6 +18,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -56,7 +57,8 @@ def cell_ppo(run, folder, judge="human", path=False, labels=None, **settings):
     def at_step(generated):
         if path and generated % every == 0:
             with torch.random.fork_rng():                              # policy learning draws what it would have drawn
-                ids = policy.generate([run.tokenizer.encode_ordinary(run.held_out[0])], rlhf.MAX_NEW_TOKENS, eos_id=run.tokenizer.eot_token)[0]
+                prompt = run.tokenizer.encode_ordinary(run.held_out[0])
+                ids = policy.generate([prompt], rlhf.MAX_NEW_TOKENS, eos_id=run.tokenizer.eot_token)[0]
             steps.append({"generated": generated, **run.measure(policy), "sample": run.tokenizer.decode(ids).removesuffix("<|endoftext|>")})
     history = rlhf.learn(policy, run.reference, score, run.prompt_ids, rlhf.Settings(**settings), run.seed, at_step)
     for step in steps[1:]:
@@ -71,7 +73,8 @@ def cell_unlikelihood(run, folder, alpha):
 def two_samplers(prompts):
     """Who writes the pairs of fig3: a keen writer, the grammar tilted towards reward, and one who takes any review alike."""
     grammar = world.grammar_logps(prompts)
-    return world.optimal_policy(grammar, world.rewards(prompts, world.responses()), 2.0), torch.full_like(grammar, -math.log(grammar.size(1)))
+    keen = world.optimal_policy(grammar, world.rewards(prompts, world.responses()), 2.0)
+    return keen, torch.full_like(grammar, -math.log(grammar.size(1)))
 
 
 def cell_fig3(run, folder):
@@ -80,7 +83,8 @@ def cell_fig3(run, folder):
     prompt = torch.arange(run.flags["pairs"]) % len(run.train_prompts)
     keen, any_ = (data._draw(s, prompt, g) for s in two_samplers(run.train_prompts))
     rewards = world.rewards(run.train_prompts, texts)
-    keen_wins = torch.rand(len(prompt), generator=g, dtype=torch.float64) < world.preference_prob(rewards[prompt, keen], rewards[prompt, any_])
+    p_keen = world.preference_prob(rewards[prompt, keen], rewards[prompt, any_])
+    keen_wins = torch.rand(len(prompt), generator=g, dtype=torch.float64) < p_keen
     pairs = [data.Pair(run.train_prompts[x], texts[a if w else b], texts[b if w else a])
              for x, a, b, w in zip(prompt.tolist(), keen.tolist(), any_.tolist(), keen_wins.tolist()) if a != b]
     examples = data.tokenize(pairs, run.tokenizer)[0]
@@ -207,7 +211,8 @@ CELLS = {"frontier": (cell_frontier, {}), "temperatures": (cell_temperatures, {}
 
 EXPERIMENTS = {         # name: (what it is, the cells it needs)
     "fig2-left": ("reward against KL: DPO, PPO, Preferred-FT, Unlikelihood, best-of-N under the exact frontier",
-                  ["frontier", "best-of-n", *(c for c in CELLS if c.startswith(("dpo-beta", "unlikelihood", "ppo-human-kl", "ppo-true-kl")))]),
+                  ["frontier", "best-of-n",
+                   *(c for c in CELLS if c.startswith(("dpo-beta", "unlikelihood", "ppo-human-kl", "ppo-true-kl")))]),
     "fig2-right": ("win rate against sampling temperature", ["temperatures"]),
     "fig3": ("pairs by two other samplers, Preferred-FT as the reference: win rate against the data's chosen responses", ["fig3"]),
     "table1": ("prompts trained on, and combinations never seen", ["generalisation"]),
@@ -242,13 +247,19 @@ def cell_file(seed, name):
     return base(seed) / "cells" / f"{name}.json"
 
 
+@lru_cache
+def base_run(seed):
+    """Once in every process: what a Run looks up or adds up (the pairs, the reference's exact log-probabilities) it keeps."""
+    return rlhf.Run(base(seed))
+
+
 def make_cell(seed, name):
     torch.set_num_threads(1)
     function, settings = CELLS[name]
     folder = base(seed) / "cells" / name
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    evaluate.write_json({"settings": settings, "result": function(rlhf.Run(base(seed)), folder, **settings)}, cell_file(seed, name))
+    evaluate.write_json({"settings": settings, "result": function(base_run(seed), folder, **settings)}, cell_file(seed, name))
 
 
 def make_cells(names):
@@ -257,7 +268,8 @@ def make_cells(names):
         return
     with rlhf.processes() as pool:
         jobs = [pool.submit(make_cell, *cell) for cell in missing]
-        for job in tqdm(concurrent.futures.as_completed(jobs), total=len(jobs), desc="cells", unit="cell", dynamic_ncols=True, disable=False):
+        done = concurrent.futures.as_completed(jobs)
+        for job in tqdm(done, total=len(jobs), desc="cells", unit="cell", dynamic_ncols=True, disable=False):
             job.result()
 
 
@@ -272,8 +284,8 @@ def rlhf_rows(seed):
 # --------------------------------------------------------------------------------------------------------------------
 # Drawing. Each function returns the rows of its CSV and leaves the figure in `fig`.
 
-C = {"DPO": "#0072B2", "PPO, learned reward": "#E69F00", "PPO, true reward": "#009E73", "Preferred-FT": "#CC79A7", "Unlikelihood": "#D55E00",
-     "reference": "#000000", "best of N, learned reward": "#999999", "RLHF": "#E69F00", "base": "#000000", "best of 128 by r*": "#999999"}
+C = {"DPO": "#0072B2", "PPO, learned reward": "#E69F00", "PPO, true reward": "#009E73", "Preferred-FT": "#CC79A7",
+     "Unlikelihood": "#D55E00", "reference": "#000000", "best of N, learned reward": "#999999", "RLHF": "#E69F00", "base": "#000000", "best of 128 by r*": "#999999"}
 M = {"DPO": "o", "PPO, learned reward": "s", "PPO, true reward": "P", "Preferred-FT": "v", "Unlikelihood": "X", "reference": "D",
      "best of N, learned reward": "<", "RLHF": "s", "base": "D", "best of 128 by r*": "<"}
 
@@ -308,7 +320,8 @@ def draw_fig2_left(plt):
             row("Unlikelihood", f"alpha {alpha:g}", done["unlikelihood"] if alpha == 0.1 else cell(seed, f"unlikelihood-{alpha:g}"))
         for n in NS[1:]:
             b = cell(seed, "best-of-n")[f"learned reward|{n}"]
-            rows.append({"seed": seed, "method": "best of N, learned reward", "setting": f"N {n}", "reward": b["reward"], "kl": b["kl"], "wellformed": 1.0})
+            rows.append({"seed": seed, "method": "best of N, learned reward", "setting": f"N {n}", "reward": b["reward"],
+                         "kl": b["kl"], "wellformed": 1.0})
         f = cell(seed, "frontier")
         for r in rows:                                     # how far under the frontier, at its own KL
             if r["seed"] == seed and r["kl"] > 1e-9:
@@ -394,8 +407,8 @@ def draw_table1(plt):
         for i, name in enumerate(names):
             for k, where in enumerate(("trained", "held out")):
                 m, s = mean_se([column(r) for r in rows if r["method"] == name and r["prompts"] == where])
-                ax.bar(i + 0.38 * (k - 0.5), m, 0.36, yerr=s, color=C[name], alpha=1 if k == 0 else 0.55, capsize=3, hatch="" if k == 0 else "//",
-                       label=f"prompts {where}" if i == 0 else None)
+                ax.bar(i + 0.38 * (k - 0.5), m, 0.36, yerr=s, color=C[name], alpha=1 if k == 0 else 0.55, capsize=3,
+                       hatch="" if k == 0 else "//", label=f"prompts {where}" if i == 0 else None)
                 ax.text(i + 0.38 * (k - 0.5), m + 0.02, f"{m:.1%}", ha="center", fontsize=7)
         ax.set_xticks(range(len(names)), names, fontsize=8)
         ax.set_ylabel(label)
@@ -440,8 +453,14 @@ def draw_labels_and_samples(plt):
     best = mean_se([rlhf_rows(seed)["optimum"]["objective"] for seed in SEEDS])[0]
     dpo = mean_se([rlhf_rows(seed)["dpo"]["objective"] for seed in SEEDS])[0]
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", sharey=True)
-    for method in ("DPO", "RLHF"):
-        points(left, [r for r in rows if r["method"] == method], "labels", "objective", method, key="labels")
+    for method in ("DPO", "RLHF"):                         # J over well-formed text means nothing where there is none
+        stayed = [r for r in rows if r["method"] == method and r["wellformed"] > 0.5]
+        points(left, sorted(stayed, key=lambda r: r["labels"]), "labels", "objective", method, key="labels")
+    for n in LABELS:
+        lost = sum(r["wellformed"] <= 0.5 for r in rows if r["method"] == "RLHF" and r["labels"] == n)
+        if lost:
+            left.plot(n, 0.1, "x", color=C["RLHF"], ms=7)
+            left.text(n * 1.07, 0.1, f"{lost} of {len(SEEDS)} runs left the grammar (not in the mean)", fontsize=7, va="center")
     points(right, [r for r in rows if r["method"].endswith("labels")], "generated", "objective", "RLHF", key="generated")
     right.axhline(dpo, color=C["DPO"], ls=":", label="DPO on the same labels: no sample at all")
     for ax in (left, right):
@@ -461,7 +480,7 @@ def draw_over_optimisation(plt):
     rows = []
     for seed in SEEDS:
         for beta, c in cell(seed, "pushed").items():
-            rows.append({"seed": seed, "method": "tilted", "setting": beta, "kl": c["kl"], "reward": c["reward"], "learned": c["learned"], "wellformed": 1.0})
+            rows.append({"seed": seed, "method": "tilted", "setting": beta, **c, "wellformed": 1.0})
         for p in cell(seed, "ppo-unleashed")["path"]:
             rows.append({"seed": seed, "method": "PPO, beta = 0.05", "setting": p["generated"], "kl": p["kl"], "reward": p["reward"],
                          "learned": p.get("score", ""), "wellformed": p["wellformed"],
@@ -506,7 +525,8 @@ def draw_over_optimisation(plt):
 
 
 def draw_ppo_details(plt):
-    rows = [{"seed": seed, "detail": name, **{k: cell(seed, f"details-{i}")[k] for k in ("reward", "kl", "objective", "wellformed", "objective_all")},
+    columns = ("reward", "kl", "objective", "wellformed", "objective_all")
+    rows = [{"seed": seed, "detail": name, **{k: cell(seed, f"details-{i}")[k] for k in columns},
              "share": cell(seed, f"details-{i}")["objective"] / rlhf_rows(seed)["optimum"]["objective"]}
             for seed in SEEDS for i, name in enumerate(DETAILS)]
     fig, ax = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
@@ -535,7 +555,8 @@ def draw_who_labels(plt):
         of = [r for r in rows if r["row"] == name]
         for ax, key in ((left, "share"), (right, "wellformed")):
             m, s = mean_se([r[key] for r in of])
-            ax.errorbar(m, i, xerr=s, marker="o", capsize=3, color=C["DPO"] if "DPO" in name else C["PPO, learned reward"] if "PPO" in name or "REIN" in name else "black")
+            colour = C["DPO"] if "DPO" in name else C["PPO, learned reward"] if "PPO" in name or "REIN" in name else "black"
+            ax.errorbar(m, i, xerr=s, marker="o", capsize=3, color=colour)
             ax.text(1.0, i - 0.25, f"{m:.1%}", fontsize=7, transform=ax.get_yaxis_transform(), ha="right")
     left.set_yticks(range(len(names)), names, fontsize=8)
     left.invert_yaxis()

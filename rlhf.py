@@ -477,7 +477,8 @@ def run_stage(run, name, settings):
         model = train_reward_model(run.reference, run.examples(who), folder, run.seed)
         atomic_save(model.state_dict(), folder / "reward.pt")
     elif method in ("ppo", "reinforce"):
-        score = {"true": by_text(world.true_reward), "judge": by_text(world.ai_score)}.get(who) or by_model(run.reward_model(f"reward-{who}"))
+        known = {"true": by_text(world.true_reward), "judge": by_text(world.ai_score)}
+        score = known.get(who) or by_model(run.reward_model(f"reward-{who}"))
         policy = run.new_policy()
         history = learn(policy, run.reference, score, run.prompt_ids, Settings(**settings, critic=method == "ppo"), run.seed, name=name)
         evaluate.write_json(history, folder / "history.json")
@@ -486,7 +487,8 @@ def run_stage(run, name, settings):
     elif method == "dpo":
         policy = dpo_policy(run, run.examples(who), folder, run.beta, who)
     else:
-        policy = {"preferred": preferred_ft, "unlikelihood": unlikelihood}[method](run.new_policy(), run.examples("human"), folder, run.seed)
+        baseline = {"preferred": preferred_ft, "unlikelihood": unlikelihood}[method]
+        policy = baseline(run.new_policy(), run.examples("human"), folder, run.seed)
     seconds = time.time() - start
     if method == "reward":
         measured = judge_quality(all_scores(model, run.held_out), run.held_out)
@@ -549,11 +551,13 @@ def dpo_seconds(run):
     return seconds
 
 
-TITLES = {"reference": "reference (SFT)", "ppo-human": "RLHF: human labels, reward model, PPO", "ppo-ai": "RLAIF: AI labels, reward model, PPO",
+TITLES = {"reference": "reference (SFT)",
+          "ppo-human": "RLHF: human labels, reward model, PPO", "ppo-ai": "RLAIF: AI labels, reward model, PPO",
           "ppo-judge": "d-RLAIF: PPO on the judge's scores", "dpo": "DPO on human labels", "plain": "DPO on human labels, Eq. 7 alone",
           "dpo-ai": "DPO on AI labels", "reinforce-human": "REINFORCE++ on the reward model", "ppo-true": "PPO on the true reward",
           "preferred-ft": "Preferred-FT", "unlikelihood": "Unlikelihood, alpha = 0.1", "best-of-16": "best of 16 by the reward model",
-          "best-of-128": "best of 128 by the reward model", "optimum-learned": "optimum for the reward model", "optimum": "optimum (pi*)"}
+          "best-of-128": "best of 128 by the reward model", "optimum-learned": "optimum for the reward model",
+          "optimum-judge": "optimum for the AI judge", "optimum": "optimum (pi*)"}
 
 
 def compare(run):
@@ -575,12 +579,15 @@ def compare(run):
     scores = all_scores(run.reward_model("reward-human"), run.held_out)
     for n in (16, 128):                                                # over the reference's well-formed text
         best = torch.stack([tabular.best_of_n(q, s, n) for q, s in zip(world.normalise(ref), scores)])
-        rows[f"best-of-{n}"] = measure(best) | label | {"models": 2, "generated": n, "seconds": run.result("reward-human")["cost"]["seconds"]}
-    learned = world.optimal_policy(world.normalise(ref), scores, run.beta)
-    rows["optimum-learned"] = measure(learned) | none | {"labels": run.flags["pairs"], "models": 0}
+        seconds = run.result("reward-human")["cost"]["seconds"]
+        rows[f"best-of-{n}"] = measure(best) | label | {"models": 2, "generated": n, "seconds": seconds}
+    judge = world.rewards(run.held_out, world.responses(), world.ai_score)
+    for name, tilt, labels in (("optimum-learned", scores, run.flags["pairs"]), ("optimum-judge", judge, 0)):
+        tilted = world.optimal_policy(world.normalise(ref), tilt, run.beta)
+        rows[name] = measure(tilted) | none | {"labels": labels, "models": 0}
     rows["optimum"] = evaluate.optimum(ref, run.beta, run.beta) | none | {"models": 0}
     quality = {who: run.result(f"reward-{who}")["measured"] for who in ("human", "ai")}
-    quality["judge"] = judge_quality(world.rewards(run.held_out, world.responses(), world.ai_score), run.held_out)
+    quality["judge"] = judge_quality(judge, run.held_out)
     return {"beta": run.beta, "rows": rows, "reward_models": quality}
 
 
@@ -598,9 +605,10 @@ def comparison_table(comparison):
     lines += ["", "labels: pairs compared by the annotator. samples: responses generated (best-of-N: for every answer). models: in memory",
               "while training. seconds: with the reward model's, chains side by side. reward, KL (nats), J = E[r*] - beta KL: over",
               "well-formed text. J, all: ill-formed text counted at its low reward."]
-    for who, name in (("human", "The reward model, human labels,"), ("ai", "The reward model, AI labels,"), ("judge", "The AI judge itself")):
-        lines.append(f"{name:<32} ranks {q[who]['accuracy']:.1%} of human labels rightly (ceiling {q[who]['ceiling']:.1%}); Spearman with r* "
-                     f"{q[who]['spearman']:.3f}; calibration error {q[who]['calibration_error']:.3f}")
+    judges = {"human": "The reward model, human labels,", "ai": "The reward model, AI labels,", "judge": "The AI judge itself"}
+    for who, name in judges.items():
+        lines.append(f"{name:<32} ranks {q[who]['accuracy']:.1%} of human labels rightly (ceiling {q[who]['ceiling']:.1%}); "
+                     f"Spearman with r* {q[who]['spearman']:.3f}; calibration error {q[who]['calibration_error']:.3f}")
     return "\n".join(lines)
 
 
@@ -613,8 +621,8 @@ def plot_plane(comparison, ref_logps, path):
     fig, (whole, near) = plt.subplots(1, 2, figsize=(10.5, 5.6), layout="constrained")
     look = {"reference": ("D", "#000000"), "ppo-human": ("o", "#E69F00"), "ppo-ai": ("o", "#56B4E9"), "ppo-judge": ("s", "#56B4E9"),
             "dpo": ("o", "#0072B2"), "plain": ("s", "#D55E00"), "dpo-ai": ("^", "#0072B2"), "reinforce-human": ("^", "#E69F00"),
-            "ppo-true": ("P", "#009E73"), "preferred-ft": ("v", "#CC79A7"), "unlikelihood": ("X", "#CC79A7"), "best-of-16": ("<", "#999999"),
-            "best-of-128": (">", "#999999"), "optimum": ("*", "#009E73")}
+            "ppo-true": ("P", "#009E73"), "preferred-ft": ("v", "#CC79A7"), "unlikelihood": ("X", "#CC79A7"),
+            "best-of-16": ("<", "#999999"), "best-of-128": (">", "#999999"), "optimum": ("*", "#009E73")}
     for ax in (whole, near):
         ax.plot(kl, reward, color=evaluate.COLOURS["optimum"], lw=2, label="frontier: no policy is above it (exact)")
         for name, (marker, colour) in look.items():
@@ -638,10 +646,10 @@ def main(argv=None):
     start = time.time()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dir", help="the folder of a finished toy run of train.py (its --out-dir)")
-    parser.add_argument("--samples", type=int, default=Settings.samples, help="responses generated in each policy learning: more comes closer "
-                        "to the optimum and takes longer (default: %(default)s)")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="cpu", help="for a model this small the CPU is the fastest "
-                        "(default: cpu)")
+    parser.add_argument("--samples", type=int, default=Settings.samples,
+                        help="responses generated in each policy learning: more comes closer to the optimum and takes longer (default: %(default)s)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="cpu",
+                        help="for a model this small the CPU is the fastest (default: cpu)")
     args = parser.parse_args(argv)
     if args.samples < Settings.batch_size:
         parser.error(f"--samples {args.samples} must be at least {Settings.batch_size}, one batch")
@@ -649,7 +657,8 @@ def main(argv=None):
     asked = {"samples": args.samples, "beta": run.beta}
     file = run.folder / "rlhf" / "settings.json"
     if file.exists() and json.loads(file.read_text(encoding="utf-8")) != asked:
-        raise SystemExit(f"{file.parent} holds stages made with {file.read_text(encoding='utf-8')}, not {asked}; remove that folder to begin anew")
+        raise SystemExit(f"{file.parent} holds stages made with {file.read_text(encoding='utf-8')}, not {asked}; "
+                         "remove that folder to begin anew")
     file.parent.mkdir(exist_ok=True)
     evaluate.write_json(asked, file)
     run_chains(run, asked)
