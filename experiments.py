@@ -460,7 +460,7 @@ def draw_labels_and_samples(plt):
         lost = sum(r["wellformed"] <= 0.5 for r in rows if r["method"] == "RLHF" and r["labels"] == n)
         if lost:
             left.plot(n, 0.1, "x", color=C["RLHF"], ms=7)
-            left.text(n * 1.07, 0.1, f"{lost} of {len(SEEDS)} runs left the grammar (not in the mean)", fontsize=7, va="center")
+            left.text(n * 1.07, 0.1, f"{lost} of {len(SEEDS)} runs fell apart: no reviews (not in the mean)", fontsize=7, va="center")
     points(right, [r for r in rows if r["method"].endswith("labels")], "generated", "objective", "RLHF", key="generated")
     right.axhline(dpo, color=C["DPO"], ls=":", label="DPO on the same labels: no sample at all")
     for ax in (left, right):
