@@ -285,7 +285,8 @@ def rlhf_rows(seed):
 # Drawing. Each function returns the rows of its CSV and leaves the figure in `fig`.
 
 C = {"DPO": "#0072B2", "PPO, learned reward": "#E69F00", "PPO, true reward": "#009E73", "Preferred-FT": "#CC79A7",
-     "Unlikelihood": "#D55E00", "reference": "#000000", "best of N, learned reward": "#999999", "RLHF": "#E69F00", "base": "#000000", "best of 128 by r*": "#999999"}
+     "Unlikelihood": "#D55E00", "reference": "#000000", "best of N, learned reward": "#999999", "RLHF": "#E69F00",
+     "base": "#000000", "best of 128 by r*": "#999999"}
 M = {"DPO": "o", "PPO, learned reward": "s", "PPO, true reward": "P", "Preferred-FT": "v", "Unlikelihood": "X", "reference": "D",
      "best of N, learned reward": "<", "RLHF": "s", "base": "D", "best of 128 by r*": "<"}
 

@@ -209,7 +209,7 @@ class Settings:
     batch_size: int = 512                  # responses generated with one policy before it is updated
     minibatch_size: int = 64               # responses an update
     epochs: int = 2                        # passes over a batch: more is learned from a sample, from staler samples
-    lr: float = 2e-3
+    lr: float = 2e-3                       # little to spare: with a reward model from 2,500 labels one run of three falls apart
     critic: bool = True                    # False: REINFORCE++, the advantage is the reward to go
     critic_lr: float = 3e-3
     gamma: float = 1.0                     # below 1 it is not Eq. 3's objective any more
@@ -647,7 +647,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dir", help="the folder of a finished toy run of train.py (its --out-dir)")
     parser.add_argument("--samples", type=int, default=Settings.samples,
-                        help="responses generated in each policy learning: more comes closer to the optimum and takes longer (default: %(default)s)")
+                        help="responses generated in each policy learning: more comes closer to the optimum and takes longer "
+                             "(default: %(default)s)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="cpu",
                         help="for a model this small the CPU is the fastest (default: cpu)")
     args = parser.parse_args(argv)
