@@ -248,9 +248,9 @@ def cell_file(seed, name):
 
 
 @lru_cache
-def base_run(seed):
-    """Once in every process: what a Run looks up or adds up (the pairs, the reference's exact log-probabilities) it keeps."""
-    return rlhf.Run(base(seed))
+def run_of(folder):
+    """A folder's Run, loaded once in every process: the reference's exact log-probabilities, once added up, it keeps."""
+    return rlhf.Run(folder)
 
 
 def make_cell(seed, name):
@@ -259,7 +259,7 @@ def make_cell(seed, name):
     folder = base(seed) / "cells" / name
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    evaluate.write_json({"settings": settings, "result": function(base_run(seed), folder, **settings)}, cell_file(seed, name))
+    evaluate.write_json({"settings": settings, "result": function(run_of(base(seed)), folder, **settings)}, cell_file(seed, name))
 
 
 def make_cells(names):
