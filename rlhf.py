@@ -24,7 +24,7 @@ import multiprocessing
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -656,12 +656,13 @@ def main(argv=None):
         parser.error(f"--samples {args.samples} must be at least {Settings.batch_size}, one batch")
     run = Run(args.dir, train.pick_device(args.device))
     asked = {"samples": args.samples, "beta": run.beta}
-    file = run.folder / "rlhf" / "settings.json"
-    if file.exists() and json.loads(file.read_text(encoding="utf-8")) != asked:
-        raise SystemExit(f"{file.parent} holds stages made with {file.read_text(encoding='utf-8')}, not {asked}; "
-                         "remove that folder to begin anew")
+    settings, file = asdict(Settings(**asked)), run.folder / "rlhf" / "settings.json"
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else settings
+    different = [f"{key} = {before.get(key)}, not {value}" for key, value in settings.items() if before.get(key) != value]
+    if different:
+        raise SystemExit(f"{file.parent} holds stages made with {'; '.join(different)}: remove that folder to begin anew")
     file.parent.mkdir(exist_ok=True)
-    evaluate.write_json(asked, file)
+    evaluate.write_json(settings, file)
     run_chains(run, asked)
     comparison = compare(run) | {"settings": asked}
     print("\n" + comparison_table(comparison))

@@ -263,6 +263,12 @@ def test_a_second_call_trains_nothing_and_other_settings_are_refused(compared):
     assert again.split("Done in")[0] == out.split("Done in")[0], "the same figures and the same samples"
     code, _, err = run_rlhf(folder, "--samples", "1024")
     assert code != 0 and "remove that folder" in err and "Traceback" not in err
+    file = folder / "rlhf" / "settings.json"               # stages of a reader who has since changed a default in Settings
+    known = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(known | {"lr": 0.5}), encoding="utf-8")
+    code, _, err = run_rlhf(folder, "--samples", "512")
+    file.write_text(json.dumps(known), encoding="utf-8")
+    assert code != 0 and f"lr = 0.5, not {rlhf.Settings.lr}" in err and "clip" not in err
 
 
 @pytest.mark.parametrize("flags, message", [({"annotator": "ai"}, "human labels"), ({"data": "pairs.jsonl"}, "toy world")])
