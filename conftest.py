@@ -1,32 +1,57 @@
-"""pytest's options; they stand here because pytest reads no deeper conftest before it has parsed its command line."""
+"""pytest's options. They stand in this file because pytest reads its command line before it reads
+tests/conftest.py."""
 from hypothesis import Phase, settings
-
-from exercises.find_the_bug import bug, in_effect
-from exercises.grading import Grader, load
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("DPO from scratch")
-    group.addoption("--impl", metavar="FILE", help="put the proofs to the functions of this file instead of dpo.py's")
-    group.addoption("--bug", metavar="N", type=int, help="test the project with bug N of exercises/find_the_bug.py in effect")
-    group.addoption("--seed", type=int, default=0, help="random seed of every test (default 0): torch's, and any but 0 lets hypothesis draw new examples")
+    group.addoption("--impl", metavar="FILE",
+                    help="test the functions of this file in the place of dpo.py's functions")
+    group.addoption("--bug", metavar="N", type=int,
+                    help="run the tests with bug N of exercises/find_the_bug.py in effect")
+    group.addoption("--seed", type=int, default=0,
+                    help="the random seed of every test; with any seed but 0, hypothesis draws "
+                         "new examples (default: 0)")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "grades(function): a proof that is also put to a student's function, see --impl")
+    config.addinivalue_line("markers", "grades(function): this proof also tests a student's "
+                                       "function, see --impl")
+    # The exercises are imported only where they are asked for.
     if config.getoption("--impl"):
-        config.pluginmanager.register(Grader(load(config.getoption("--impl")), config.getoption("--impl")))
-    # Everybody sees the same examples at seed 0; another seed draws others. No deadline: a slow machine is no counterexample.
-    # Where only the verdict counts, there is no need to search for the smallest example that shows it.
-    verdict = any(getattr(plugin, "only_the_verdict", False) for plugin in config.pluginmanager.get_plugins())
-    settings.register_profile("proofs", max_examples=50, deadline=None, derandomize=config.getoption("--seed") == 0, database=None,
-                              report_multiple_bugs=False, phases=[Phase.generate] if verdict else list(Phase))
-    settings.load_profile("proofs")
+        use_implementation(config, config.getoption("--impl"))
+    set_up_hypothesis(config)
     if config.getoption("--bug"):
-        effect = in_effect(bug(config.getoption("--bug")))
-        effect.__enter__()
-        config.add_cleanup(lambda: effect.__exit__(None, None, None))
+        put_bug_into_effect(config, config.getoption("--bug"))
 
 
 def pytest_report_header(config):
-    return f"bug {config.getoption('--bug')} is in effect: failures are wanted" if config.getoption("--bug") else None
+    number = config.getoption("--bug")
+    return f"bug {number} is in effect: failures are wanted" if number else None
+
+
+def use_implementation(config, file):
+    from exercises.grading import Grader, load
+    config.pluginmanager.register(Grader(load(file), file))
+
+
+def put_bug_into_effect(config, number):
+    from exercises.changes import in_effect
+    from exercises.find_the_bug import bug
+    effect = in_effect(bug(number))
+    effect.__enter__()
+    config.add_cleanup(lambda: effect.__exit__(None, None, None))
+
+
+def set_up_hypothesis(config):
+    """With seed 0 everybody tests the same examples. There is no deadline: a slow machine proves
+    nothing wrong. A grader wants only the verdict. So hypothesis does not look for the smallest
+    example that fails.
+    """
+    verdict_is_enough = any(getattr(plugin, "only_the_verdict", False)
+                            for plugin in config.pluginmanager.get_plugins())
+    settings.register_profile(
+        "proofs", max_examples=50, deadline=None, database=None, report_multiple_bugs=False,
+        derandomize=config.getoption("--seed") == 0,
+        phases=[Phase.generate] if verdict_is_enough else list(Phase))
+    settings.load_profile("proofs")

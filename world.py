@@ -1,11 +1,9 @@
-"""The toy world: film reviews, what they are truly worth, and every quantity of the DPO paper computed exactly.
+"""The toy world: film reviews, what they are truly worth, and the paper's quantities, exactly.
 
 A prompt names a genre and a subject: "comedy: the pacing was". A response is a short review:
-" not very funny, but scary. I loved it." A grammar defines the 2,304 well-formed responses and how likely a reviewer
-is to write each; `true_reward` says what each is worth. Because the responses can be listed, sums over all y are sums,
-not estimates: Z(x), the optimal policy, KL, the reward-KL frontier and win rates, for a real transformer.
-
-Equation numbers are those of the DPO paper, https://arxiv.org/abs/2305.18290v3. This file imports nothing of the project's.
+" not very funny, but scary. I loved it." A grammar defines the 2,304 well-formed responses and
+how likely each is. `true_reward` says what each is worth. All can be listed, so a sum over all y
+is a sum here, not an estimate. Equation numbers are those of https://arxiv.org/abs/2305.18290v3.
 """
 import itertools
 import math
@@ -13,18 +11,17 @@ import re
 
 import torch
 
-# --------------------------------------------------------------------------------------------------------------------
-# The grammar. A response is: modifier adjective connective modifier adjective verdict.
-# The numbers are the probabilities with which reviewers (and so the SFT corpus) choose a word; adjectives are equally
-# likely.
+# ---- The grammar
+# A response is: modifier, adjective, connective, modifier, adjective, verdict. The numbers are
+# the probabilities with which reviewers, and so the SFT corpus, choose a word.
 
 MODIFIERS = {"": 0.40, " very": 0.25, " not": 0.20, " not very": 0.15}
 CONNECTIVES = {" and": 0.6, ", but": 0.4}
 VERDICTS = {"loved": 0.5, "hated": 0.5}
-
-# What an adjective is worth, by genre. Reviewers speak of the craft first and of the mood second, so that no review says
-# the same word twice.
 GENRES = ["comedy", "horror", "drama", "romance"]
+
+# What an adjective is worth in each genre. A reviewer speaks of the craft first and of the mood
+# second, so that no review says the same word twice.
 CRAFT = {
     " superb": [+2, +2, +2, +2],
     " clever": [+1, +1, +1, +1],
@@ -42,106 +39,116 @@ MOOD = {
     " silly":  [+2, -2, -2, +1],
 }
 VALENCE = CRAFT | MOOD
-# Each subject favours one adjective by 1 and disfavours its opposite. With these, a genre and a subject never seen together
-# pose a new problem, whose answer follows from what is known of each.
-SUBJECTS = {
-    "plot": (" clever", " clumsy"),
-    "pacing": (" superb", " dull"),
-    "acting": (" grave", " funny"),
-    "ending": (" superb", " dull"),
-    "music": (" grave", " funny"),
-    "dialogue": (" funny", " grave"),
-    "opening": (" funny", " grave"),
-    "lighting": (" clever", " clumsy"),
-}
-# Every column of either half holds each value as often with a plus as with a minus, and what an adjective's frequency
-# depends on (see `grammar_logps`) is alike for both. So praise and blame are equally likely in the grammar, whatever the
-# modifiers: the mean reward is 0 for every prompt and every length of review, and nothing favours length by accident.
-SCALE = {"": 1.0, " very": 1.5, " not": -0.8, " not very": -0.5}        # "not" flips and softens, "very" amplifies
-WEIGHTS = {" and": (0.5, 0.5), ", but": (0.25, 0.75)}                     # what follows "but" counts more
-VERDICT_REWARD = {"loved": 0.6, "hated": -0.6}
-ILL_FORMED_REWARD = -5.0                                                # below every well-formed response
 
-_word = lambda words: "(" + "|".join(re.escape(w) for w in sorted(words, key=len, reverse=True)) + ")"
-RESPONSE = re.compile(_word(MODIFIERS) + _word(CRAFT) + _word(CONNECTIVES) + _word(MODIFIERS) + _word(MOOD)
-                      + r"\. I " + _word(VERDICTS) + r" it\.")
-PROMPT = re.compile(_word(GENRES) + ": the " + _word(SUBJECTS) + " was")
+# Each subject adds 1 to one adjective and takes 1 from its opposite. So a genre and a subject
+# that were never seen together pose a new problem. Its answer follows from what is known of each.
+SUBJECTS = {
+    "plot": (" clever", " clumsy"), "pacing": (" superb", " dull"),
+    "acting": (" grave", " funny"), "ending": (" superb", " dull"),
+    "music": (" grave", " funny"), "dialogue": (" funny", " grave"),
+    "opening": (" funny", " grave"), "lighting": (" clever", " clumsy"),
+}
+
+# "not" flips and softens, "very" amplifies, and what follows "but" counts more than what is
+# before it. Every genre holds each value as often with a plus as with a minus, and an adjective's
+# probability depends on the square of its value. So praise and blame are equally likely, the
+# mean reward is 0 for every prompt, and nothing favours long reviews by accident.
+SCALE = {"": 1.0, " very": 1.5, " not": -0.8, " not very": -0.5}
+WEIGHTS = {" and": (0.5, 0.5), ", but": (0.25, 0.75)}
+VERDICT_REWARD = {"loved": 0.6, "hated": -0.6}
+ILL_FORMED_REWARD = -5.0  # below every well-formed response
+
+
+def one_of(words):
+    """A regular expression for one of the words, the longest first."""
+    longest_first = sorted(words, key=len, reverse=True)  # " not very" before " not"
+    return "(" + "|".join(re.escape(word) for word in longest_first) + ")"
+
+
+PROMPT = re.compile(f"{one_of(GENRES)}: the {one_of(SUBJECTS)} was")
+RESPONSE = re.compile(one_of(MODIFIERS) + one_of(CRAFT) + one_of(CONNECTIVES)
+                      + one_of(MODIFIERS) + one_of(MOOD) + rf"\. I {one_of(VERDICTS)} it\.")
 
 
 def prompts():
-    """Train and held-out prompts, two lists. The split is by combination and comes before anything else: every genre and
-    every subject is trained on, 8 of the 32 combinations never are."""
-    split = {True: [], False: []}
+    """Train prompts and held-out prompts, two lists. Every genre and every subject is trained on,
+    but 8 of the 32 combinations are held out."""
+    train, held_out = [], []
     for g, genre in enumerate(GENRES):
         for s, subject in enumerate(SUBJECTS):
-            split[(s - g) % 4 == 0].append(f"{genre}: the {subject} was")
-    return split[False], split[True]
+            side = held_out if (s - g) % 4 == 0 else train
+            side.append(f"{genre}: the {subject} was")
+    return train, held_out  # 24 and 8 prompts
 
 
 def responses():
     """Every well-formed response, a list of 2,304 strings."""
-    return [f"{m1}{a1}{c}{m2}{a2}. I {v} it." for m1, a1, c, m2, a2, v in
-            itertools.product(MODIFIERS, CRAFT, CONNECTIVES, MODIFIERS, MOOD, VERDICTS)]
+    slots = itertools.product(MODIFIERS, CRAFT, CONNECTIVES, MODIFIERS, MOOD, VERDICTS)
+    return [f"{m1}{a1}{c}{m2}{a2}. I {v} it." for m1, a1, c, m2, a2, v in slots]
 
 
 def grammar_logps(prompts):
     """log p(response | prompt) under the grammar, (P, 2304) float64, in the order of `responses`.
 
-    Reviewers mention an adjective the more often the stronger it speaks in this genre (as its valence squared), and twice
-    as often if the subject calls for it. The other choices do not depend on the prompt.
+    The weight of an adjective is its value in the genre squared, and twice that where the subject
+    concerns it. The other choices do not depend on the prompt.
     """
     rows = []
     for prompt in prompts:
         genre, subject = PROMPT.fullmatch(prompt).groups()
-        adjective = lambda a: VALENCE[a][GENRES.index(genre)] ** 2 * (2 if a in SUBJECTS[subject] else 1)
-        slots = [MODIFIERS, {a: adjective(a) for a in CRAFT}, CONNECTIVES, MODIFIERS, {a: adjective(a) for a in MOOD}, VERDICTS]
-        logps = [torch.tensor(list(s.values()), dtype=torch.float64) for s in slots]
-        logps = [(w / w.sum()).log() for w in logps]
-        rows.append(sum(torch.meshgrid(*logps, indexing="ij")).flatten())
-    return torch.stack(rows)
+        weight = {}
+        for adjective, values in VALENCE.items():
+            weight[adjective] = values[GENRES.index(genre)] ** 2
+            if adjective in SUBJECTS[subject]:
+                weight[adjective] *= 2
+        craft = {a: weight[a] for a in CRAFT}
+        mood = {a: weight[a] for a in MOOD}
+        logps = []
+        for slot in (MODIFIERS, craft, CONNECTIVES, MODIFIERS, mood, VERDICTS):
+            w = torch.tensor(list(slot.values()), dtype=torch.float64)  # (words,)
+            logps.append((w / w.sum()).log())
+        rows.append(sum(torch.meshgrid(*logps, indexing="ij")).flatten())  # (2304,)
+    return torch.stack(rows)  # (P, 2304)
 
 
 def parse(response):
-    """(modifier, adjective, connective, modifier, adjective, verdict) of a well-formed response, None of any other text."""
+    """(modifier, adjective, connective, modifier, adjective, verdict), or None if ill-formed."""
     match = RESPONSE.fullmatch(response)
     return match.groups() if match else None
 
 
 def true_reward(prompt, response):
-    """r*(x, y): what the response is worth, a float. Any text has a reward: ill-formed text gets ILL_FORMED_REWARD.
-
-    Raises ValueError for a prompt that is not of this world, for which no reward is defined.
-    """
+    """r*(x, y): what the response is worth, a float. Ill-formed text gets ILL_FORMED_REWARD.
+    Raises ValueError for a prompt that is not of this world."""
     match = PROMPT.fullmatch(prompt)
     if match is None:
-        raise ValueError(f"{prompt!r} is not a prompt of the toy world; one is {prompts()[0][0]!r}: "
-                         f"a genre of {GENRES} and a subject of {list(SUBJECTS)}")
+        raise ValueError(f"{prompt!r} is not a prompt of the toy world, as {prompts()[0][0]!r} is; "
+                         f"genres: {GENRES}, subjects: {list(SUBJECTS)}")
     parsed = parse(response)
     if parsed is None:
         return ILL_FORMED_REWARD
     genre, subject = match.groups()
+    favoured, disfavoured = SUBJECTS[subject]
 
     def clause(modifier, adjective):
-        favoured, disfavoured = SUBJECTS[subject]
-        valence = VALENCE[adjective][GENRES.index(genre)] + (adjective == favoured) - (adjective == disfavoured)
-        return SCALE[modifier] * valence
+        value = VALENCE[adjective][GENRES.index(genre)]
+        value += (adjective == favoured) - (adjective == disfavoured)
+        return SCALE[modifier] * value
 
     m1, a1, connective, m2, a2, verdict = parsed
     w1, w2 = WEIGHTS[connective]
     return w1 * clause(m1, a1) + w2 * clause(m2, a2) + VERDICT_REWARD[verdict]
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Annotators. Each scores both responses and prefers one with Bradley-Terry's probability, Eq. 1:
-# p(a preferred to b | x) = sigma(score(x, a) - score(x, b)).
+# ---- Annotators. Each scores both responses of a pair, and prefers one of them by Eq. 1.
 
 def ai_score(prompt, response):
-    """The AI judge: noisier than a human (it sees 0.6 of every difference) and biased: it likes emphasis, +0.4 a "very"."""
+    """The AI judge: noisier (it sees 0.6 of every difference), and biased towards "very"."""
     return 0.6 * true_reward(prompt, response) + 0.4 * response.count(" very")
 
 
 def length_score(prompt, response):
-    """An annotator who prefers longer text: the true reward plus 0.5 a word."""
+    """An annotator who prefers longer text: the true reward plus 0.5 for every word."""
     return true_reward(prompt, response) + 0.5 * len(response.split())
 
 
@@ -149,98 +156,108 @@ ANNOTATORS = {"human": true_reward, "ai": ai_score, "length": length_score}
 
 
 def preference_prob(score_a, score_b):
-    """Eq. 1: the probability that a is preferred to b. Tensors of any one shape, in units of reward."""
-    return torch.sigmoid(score_a - score_b)
+    """p(a preferred to b | x) = sigma(score(x,a) - score(x,b)), Eq. 1. Tensors of one shape."""
+    return torch.sigmoid(score_a - score_b)  # Eq. 1
 
 
 def rewards(prompts, texts, score=true_reward):
     """The score of every text for every prompt, (P, N) float64."""
-    return torch.tensor([[score(x, y) for y in texts] for x in prompts], dtype=torch.float64)
+    rows = [[score(x, y) for y in texts] for x in prompts]
+    return torch.tensor(rows, dtype=torch.float64)  # (P, N)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The exact quantities. A policy is its log-probabilities of every response, logps (..., N), one row a prompt, float64.
+# ---- The exact quantities
+# A policy is given by its log-probabilities of all responses: logps (..., N) in float64, one row
+# for each prompt. The same holds for the reference. A reward has the same shape.
 
 def normalise(logps):
-    """The policy given that its text is well-formed: (..., N) log-probabilities that sum to 1."""
-    return logps - logps.logsumexp(-1, keepdim=True)
+    """The policy, given that its text is well-formed: log-probabilities that sum to 1. (..., N)"""
+    return logps - logps.logsumexp(-1, keepdim=True)  # (..., N)
 
 
 def log_partition(ref_logps, reward, beta):
-    """log Z(x), Z(x) = sum_y ref(y|x) exp(r(x,y)/beta), below Eq. 4. (..., N), (..., N) -> (...)"""
-    return (ref_logps + reward / beta).logsumexp(-1)
+    """log Z(x), Z(x) = sum_y ref(y|x) exp(r(x,y)/beta), below Eq. 4. (..., N) each -> (...)"""
+    return (ref_logps + reward / beta).logsumexp(-1)  # (...)
 
 
 def partition(ref_logps, reward, beta):
-    """Z(x). (..., N), (..., N) -> (...). For a small beta it overflows where `log_partition` does not."""
-    return log_partition(ref_logps, reward, beta).exp()
+    """Z(x). (..., N) each -> (...). A small beta overflows here, but not in `log_partition`."""
+    return log_partition(ref_logps, reward, beta).exp()  # (...)
 
 
 def optimal_policy(ref_logps, reward, beta):
-    """log pi*(y|x), pi* = ref(y|x) exp(r(x,y)/beta) / Z(x), Eq. 4. (..., N), (..., N) -> (..., N)"""
+    """log pi*(y|x), pi* = ref(y|x) exp(r(x,y)/beta) / Z(x), Eq. 4. (..., N) each -> (..., N)"""
     return ref_logps + reward / beta - log_partition(ref_logps, reward, beta).unsqueeze(-1)
 
 
 def expected(logps, reward):
-    """E_{y ~ policy}[r(x,y)]. (..., N), (..., N) -> (...), in units of reward."""
-    return (logps.exp() * reward).sum(-1)
+    """E_{y ~ policy}[r(x,y)], in units of reward. (..., N) each -> (...)"""
+    return (logps.exp() * reward).sum(-1)  # (...)
 
 
 def kl(logps, ref_logps):
-    """KL(policy || ref), (..., N), (..., N) -> (...), nats a response."""
-    return torch.where(logps == -math.inf, 0.0, logps.exp() * (logps - ref_logps)).sum(-1)
+    """KL(policy || ref), in nats a response. (..., N) each -> (...)"""
+    terms = logps.exp() * (logps - ref_logps)  # (..., N)
+    return torch.where(logps == -math.inf, 0.0, terms).sum(-1)  # 0 log 0 = 0
+
+
+def mass_by_reward(logps, reward):
+    """logps, reward (N,) -> the K different rewards from low to high (K,), the index of each
+    response's reward among them (N,), and the probability of each reward (K,)."""
+    value, rank = torch.unique(reward.round(decimals=9), return_inverse=True)  # (K,), (N,)
+    mass = torch.zeros(len(value), dtype=logps.dtype).index_add(0, rank, logps.exp())  # (K,)
+    return value, rank, mass
 
 
 def win_rate(logps, ref_logps, reward):
-    """P(r(y) > r(y_ref)) + P(r(y) = r(y_ref))/2 for independent y ~ policy, y_ref ~ ref. (..., N) each -> (...)
+    """P(r(y) > r(y_ref)) + P(r(y) = r(y_ref))/2 for y ~ policy and y_ref ~ ref, independent.
 
-    Exact in N log N: with the rewards sorted, the reference's mass below each reward is a cumulative sum.
+    (..., N) each -> (...). The reference's mass below each reward is a cumulative sum.
     """
-    def one(p, q, r):
-        _, rank = torch.unique(r.round(decimals=9), return_inverse=True)       # equal rewards share a rank, low to high
-        q_rank = torch.zeros(int(rank.max()) + 1, dtype=q.dtype).index_add(0, rank, q)
-        below = q_rank.cumsum(0) - q_rank
-        return (p * (below + q_rank / 2)[rank]).sum()
-
-    flat = [t.reshape(-1, t.size(-1)) for t in (logps.exp(), ref_logps.exp(), reward)]
-    return torch.stack([one(*row) for row in zip(*flat)]).reshape(logps.shape[:-1])
+    if reward.dim() > 1:  # one prompt at a time
+        return torch.stack([win_rate(*row) for row in zip(logps, ref_logps, reward)])
+    _, rank, ref_mass = mass_by_reward(ref_logps, reward)  # (N,), (K,)
+    below = ref_mass.cumsum(0) - ref_mass  # (K,)
+    wins = below + ref_mass / 2  # (K,): a tie counts 1/2
+    return (logps.exp() * wins[rank]).sum()
 
 
 def label_ceiling(logps, reward):
-    """The accuracy of the perfect judge: how often r* agrees with a Bradley-Terry label of two independent responses of a
-    policy, ties counted 1/2. (..., N), (..., N) -> (...). No model does better on fresh labels; one that does better on its
-    training labels has learned their noise."""
-    def one(p, r):
-        value, rank = torch.unique(r.round(decimals=9), return_inverse=True)
-        mass = torch.zeros(len(value), dtype=p.dtype).index_add(0, rank, p)                            # (K,)
-        return mass @ torch.sigmoid((value[:, None] - value[None, :]).abs()) @ mass
+    """The accuracy of the perfect judge. (..., N) each -> (...)
 
-    flat = [t.reshape(-1, t.size(-1)) for t in (logps.exp(), reward)]
-    return torch.stack([one(*row) for row in zip(*flat)]).reshape(logps.shape[:-1])
+    It is how often r* agrees with a Bradley-Terry label of two independent responses of a policy.
+    A model that does better on its training labels has learned their noise.
+    """
+    if reward.dim() > 1:  # one prompt at a time
+        return torch.stack([label_ceiling(*row) for row in zip(logps, reward)])
+    value, _, mass = mass_by_reward(logps, reward)  # (K,), (K,)
+    margin = (value[:, None] - value[None, :]).abs()  # (K, K)
+    return mass @ torch.sigmoid(margin) @ mass  # Bradley-Terry, Eq. 1
 
 
 def with_ill_formed(logps, reward):
-    """All ill-formed text as one more outcome: (..., N) log-probabilities that sum to less than 1 and their rewards ->
-    (..., N+1). What happens among ill-formed texts is not resolved, so a KL of such policies is a lower bound."""
-    missing = (1 - logps.exp().sum(-1, keepdim=True)).clamp(min=1e-12)           # clamp: float32's rounding can reach 1 + 1e-7
-    return (torch.cat([logps, missing.log()], -1),
-            torch.cat([reward, torch.full_like(reward[..., :1], ILL_FORMED_REWARD)], -1))
+    """All ill-formed text as one more outcome: (..., N) logps and rewards -> (..., N+1) of each.
+
+    What happens among ill-formed texts is not resolved. So a KL of such policies is a lower bound.
+    """
+    missing = 1 - logps.exp().sum(-1, keepdim=True)  # (..., 1)
+    missing = missing.clamp(min=1e-12)  # float32's rounding can make the sum 1 + 1e-7
+    low = torch.full_like(reward[..., :1], ILL_FORMED_REWARD)  # (..., 1)
+    return torch.cat([logps, missing.log()], -1), torch.cat([reward, low], -1)
 
 
 def frontier(ref_logps, reward, betas):
-    """The best reward that any policy can have at a given KL, averaged over prompts: two lists, KL and E[r], a beta each.
-
-    One beta for all prompts is best for the average: at the optimum dE[r]/dKL = beta must be the same for each prompt.
-    """
-    stars = [optimal_policy(ref_logps, reward, beta) for beta in betas]
-    return ([kl(star, ref_logps).mean().item() for star in stars],
-            [expected(star, reward).mean().item() for star in stars])
+    """The best reward that any policy can have at a given KL: two lists, KL and E[r], means over
+    prompts, for each beta. One beta for all prompts is best, since dE[r]/dKL = beta."""
+    stars = [optimal_policy(ref_logps, reward, beta) for beta in betas]  # each (P, N)
+    kls = [kl(star, ref_logps).mean().item() for star in stars]
+    return kls, [expected(star, reward).mean().item() for star in stars]
 
 
 def beta_at_kl(ref_logps, reward, target_kl):
-    """The beta at which pi* has the given KL (mean over prompts), by bisection on log beta; KL falls as beta grows.
+    """The beta at which pi* has the given KL, a mean over prompts.
 
-    Beyond the KL that pi* reaches as beta goes to 0, more KL buys no more reward: then the smallest beta, 1e-3, is returned.
+    Bisection on log beta: the KL falls as beta grows. A KL that no beta reaches gives 1e-3.
     """
     low, high = 1e-3, 1e6
     for _ in range(100):
@@ -250,61 +267,3 @@ def beta_at_kl(ref_logps, reward, target_kl):
         else:
             high = middle
     return math.sqrt(low * high)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Enumeration: a real transformer's probability of every response.
-
-class Trie:
-    """The distinct prefixes of a list of token sequences, level by level: each prefix is then evaluated once.
-
-    sequences: N lists of token ids, no one a prefix of another (they end in EOS).
-    levels[d]: the distinct prefixes of d+1 tokens that go on, as (parent, token): the index of the prefix without its
-        last token in the level before, and that last token. Two tensors (n_d,).
-    leaves[d]: where sequences of d+1 tokens end: (parent, token, which), which being the sequence's number.
-    """
-
-    def __init__(self, sequences):
-        self.n = len(sequences)
-        depth = max(map(len, sequences))
-        nodes = {(): 0}                                       # prefix -> index in its level
-        self.levels, self.leaves = [], []
-        for d in range(depth):
-            level, leaf, next_nodes = [], [], {}
-            for i, s in enumerate(sequences):
-                if len(s) <= d:
-                    continue
-                parent, prefix = nodes[tuple(s[:d])], tuple(s[:d + 1])
-                if len(s) == d + 1:
-                    leaf.append((parent, s[d], i))
-                elif prefix not in next_nodes:
-                    next_nodes[prefix] = len(level)
-                    level.append((parent, s[d]))
-            self.levels.append(torch.tensor(level, dtype=torch.long).reshape(-1, 2).t())
-            self.leaves.append(torch.tensor(leaf, dtype=torch.long).reshape(-1, 3).t())
-            nodes = next_nodes
-
-    @torch.no_grad()
-    def logps(self, model, prompt_ids):
-        """log pi(y|x) of every sequence y after one prompt x: prompt_ids, a list of token ids -> (N,) float64, on the CPU.
-
-        model: a GPT. Its key/value cache is passed from each prefix to the prefixes that extend it.
-        """
-        device = next(model.parameters()).device
-        was_training = model.training
-        model.eval()
-        out = torch.full((self.n,), -math.inf, dtype=torch.float64)
-        cache = model.new_cache()
-        logits = model(torch.tensor([prompt_ids], device=device), cache)[:, -1]               # (1, V)
-        so_far = torch.zeros(1, dtype=torch.float64)                                          # log-prob of each prefix
-        for (parent, token), (leaf_parent, leaf_token, which) in zip(self.levels, self.leaves):
-            next_logps = torch.log_softmax(logits.float(), -1).cpu().double()                 # (n_{d-1}, V)
-            out[which] = so_far[leaf_parent] + next_logps[leaf_parent, leaf_token]
-            if len(parent) == 0:
-                break
-            so_far = so_far[parent] + next_logps[parent, token]                               # (n_d,)
-            parent, token = parent.to(device), token.to(device)
-            cache = [(k[parent], v[parent]) for k, v in cache]
-            logits = model(token[:, None], cache)[:, -1]                                      # (n_d, V)
-        model.train(was_training)
-        return out

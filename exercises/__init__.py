@@ -1,1 +1,1 @@
-"""Write dpo.py yourself and have it graded by the project's own proofs; find bugs that real implementations had."""
+"""Write dpo.py yourself and have the proofs grade it. Find bugs that real programs had."""

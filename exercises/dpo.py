@@ -1,118 +1,197 @@
-"""Your dpo.py. Each function has its signature and its contract; what is missing is the function.
+"""Your own DPO. Each function has a signature, and a docstring says what it must do.
 
-Fill in one, and see what the project's proofs say of it:    python -m pytest --impl exercises/dpo.py
-The order of the file is a good order. B pairs, T tokens, V vocabulary. Equation numbers: https://arxiv.org/abs/2305.18290v3
+Write one function, and see what the project's proofs say about it:
+
+    python -m pytest --impl exercises/dpo.py
+
+Begin at the top. A function uses only functions that stand before it. The message of a ValueError
+names what is wrong, such as "beta=0", or shows the shapes that differ.
+
+B pairs, T tokens, V vocabulary, C channels. h is what preference_logits returns, sigma is the
+logistic function, and all logarithms are in nats. The equation numbers are those of
+https://arxiv.org/abs/2305.18290v3.
 """
-import torch
-import torch.nn.functional as F
+import torch  # noqa: F401
+import torch.nn.functional as F  # noqa: F401
 
+# ---- Log-probabilities of responses
 
 def token_logps(logits, tokens):
     """log p(tokens[:, t+1] | tokens[:, :t+1]) for every t.
 
-    logits (B,T,V): a model's output for tokens (B,T). Returns (B,T-1), at least float32 whatever logits' precision:
-    the log of a softmax in half precision is too coarse for a difference of sums.
+    logits (B,T,V): a model's output for tokens (B,T).
+    Returns (B,T-1), in float32 at least: half precision is too coarse
+    for differences of sums. Raises ValueError for shapes that differ.
     """
     raise NotImplementedError
 
 
 def response_logps(logits, tokens, response_mask, average=False):
-    """log pi(y|x) = sum_t log pi(y_t | x, y_<t), the sum over the response's tokens that Eq. 7 needs.
+    """log pi(y|x) = sum_t log pi(y_t | x, y_<t), as in Eq. 7. (B,)
 
-    logits (B,T,V) for tokens (B,T); response_mask (B,T), boolean, true where tokens[b,t] is a response token (EOS
-    included: a model must learn to stop), false on the prompt and on padding. Returns (B,); 0 for an empty mask.
-    average: divide by the number of response tokens. That is another objective: no reward r corresponds to it through
-    Eq. 5 (IPO's authors train with it; for DPO it is a known mistake).
+    response_mask (B,T), of booleans or of 0 and 1, is true where
+    tokens[b,t] belongs to the response, EOS included. It is false on
+    the prompt and on padding. A row without a response gives 0.
+    average: divide by the number of response tokens. That is another
+    objective: through Eq. 5 no reward belongs to it. IPO's authors
+    train with it; for DPO it is a known mistake.
+    Raises ValueError for a mask of another shape.
     """
     raise NotImplementedError
 
 
 def sequence_logps(policy, tokens, response_mask):
-    """`response_logps(policy(tokens), tokens, response_mask)`, cheaper: the head runs only where a response token is predicted.
+    """`dpo.response_logps(policy(tokens), tokens, response_mask)` at a lower price. (B,)
 
-    policy: a model with hidden(tokens) -> (B,T,C) and head: (N,C) -> (N,V), as model.GPT. For GPT-2's 50,257 tokens the
-    logits are by far the largest tensor of a step, and most of them belong to prompts and padding. Returns (B,).
+    For GPT-2 the logits are by far the largest tensor of a step, and most of them belong to the
+    prompt and to padding. So the head runs only where a response token follows: policy.hidden
+    gives states (B,T,C), policy.head maps states to logits. The result is float32 at least.
     """
-    raise NotImplementedError
-
-
-def preference_logits(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps):
-    """h, what beta multiplies in Eq. 7: how much more the policy prefers chosen to rejected than the reference does. (B,)"""
-    raise NotImplementedError
-
-
-def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
-             beta=0.1, loss_type="sigmoid", label_smoothing=0.0):
-    """The loss of each pair, and the implicit rewards.
-
-    The four log-probabilities: (B,), from `response_logps`, the reference's without gradient.
-    loss_type:
-      "sigmoid"  DPO, Eq. 7. With label_smoothing = eps it is conservative DPO: the labels are believed to be flipped
-                 with probability eps (https://ericmitchell.ai/cdpo.pdf, Eq. 3).
-      "robust"   the unbiased form of the same belief, https://arxiv.org/abs/2403.00409: its mean over eps-flipped labels
-                 is the DPO loss on clean ones. Needs label_smoothing < 1/2.
-      "ipo"      a margin to reach instead of one to grow, https://arxiv.org/abs/2310.12036, Eq. 17; beta is its tau: a
-                 smaller tau means a larger margin, 1/(2 tau). Log-probabilities are summed here; IPO's authors later
-                 averaged them over tokens (pass `response_logps(..., average=True)` for that).
-      "hinge"    max(0, 1 - beta h), https://arxiv.org/abs/2305.10425.
-    Returns losses, chosen_rewards, rejected_rewards, each (B,); the rewards carry no gradient: they are for looking at.
-    """
-    raise NotImplementedError
-
-
-def missing_mass(policy_logps, ref_logps):
-    """What Eq. 7 does not see: an estimate of the probability that the policy spends outside the reference's support.
-
-    Eq. 9 says that sum_y ref(y|x) exp(r^(x,y)/beta) = sum_y pi(y|x) = 1 when the sum runs over all y. Over the y that the
-    reference writes it is the policy's mass on those y alone, E_{y ~ ref}[pi(y|x)/ref(y|x)], and 1 minus it is what went
-    elsewhere. DPO constrains only differences of r^ within a prompt, so it lets this sum sink: log pi(y_w|x) and
-    log pi(y_l|x) may both fall, to the profit of text that is in no pair.
-
-    policy_logps, ref_logps: (B,), of responses that were drawn from the reference, preferred or not. Returns a scalar, for
-    logging, or to add to the loss with a small weight: it is unbiased, and its expectation is least, 0, for pi* too,
-    so unlike a likelihood term on the chosen response it does not move the optimum. Its variance grows with exp(KL); for
-    long texts far from the reference, and for pairs that others wrote, it is no use.
-    """
-    raise NotImplementedError
-
-
-def gradient_weight(chosen_rewards, rejected_rewards):
-    """sigma(r^_l - r^_w), the weight of a pair in the gradient (section 4): near 1 where the implicit reward ranks the pair
-    wrongly, 1/2 where it sees no difference, near 0 where it ranks it rightly by a wide margin. (B,), (B,) -> (B,)"""
     raise NotImplementedError
 
 
 def pair_logps(policy, batch):
-    """log pi(y_w|x) and log pi(y_l|x) of a batch of pairs, each (B,).
+    """log pi(y_w|x) and log pi(y_l|x) of a batch of pairs. (B,), (B,)
 
-    policy: a model.GPT, or any module that maps tokens (2B,T) to logits (2B,T,V). batch: a dict with tokens and
-    response_mask, both (2B,T), the B chosen sequences first and then the B rejected ones: one forward pass for both.
+    policy: a module, tokens (2B,T) -> logits (2B,T,V); it runs once.
+    batch: a dict with tokens and response_mask (2B,T), chosen first.
+    """
+    raise NotImplementedError
+
+
+# ---- The loss
+
+def preference_logits(policy_chosen_logps, policy_rejected_logps,
+                      ref_chosen_logps, ref_rejected_logps):
+    """h, what beta multiplies in Eq. 7: how much more the policy
+    prefers chosen to rejected than the reference does. (B,)
+
+    Raises ValueError where shapes differ: (B,) beside (B,1) would
+    broadcast to (B,B) pairs that do not exist.
+    """
+    raise NotImplementedError
+
+
+def implicit_rewards(policy_chosen_logps, policy_rejected_logps,
+                     ref_chosen_logps, ref_rejected_logps, beta):
+    """r^(x,y) = beta log(pi(y|x)/ref(y|x)), section 4, of both. (B,), (B,)
+
+    They carry no gradient: they are for looking at. Raises ValueError
+    for beta <= 0, which ties the policy to nothing.
+    """
+    raise NotImplementedError
+
+
+def dpo_loss(policy_chosen_logps, policy_rejected_logps,
+             ref_chosen_logps, ref_rejected_logps, beta=0.1):
+    """The DPO loss of each pair, Eq. 7, and its implicit rewards.
+
+    The log-probabilities (B,) come from `response_logps`.
+    Returns losses, chosen_rewards and rejected_rewards, each (B,).
+    Raises ValueError for beta <= 0 and for shapes that differ.
+    """
+    raise NotImplementedError
+
+
+# ---- The gradient, by hand
+
+def gradient_weight(chosen_rewards, rejected_rewards):
+    """sigma(r^_l - r^_w), a pair's weight in the gradient, section 4. (B,)
+
+    Near 1 where the rewards rank the pair wrongly, 1/2 for a tie,
+    near 0 where they rank it rightly by a wide margin.
     """
     raise NotImplementedError
 
 
 def analytic_gradient(policy, batch, beta):
-    """The gradient of the mean DPO loss as section 4 writes it, never through the loss:
+    """The gradient of the mean loss as section 4 writes it:
 
-        -beta E[ sigma(r^_l - r^_w) (grad log pi(y_w|x) - grad log pi(y_l|x)) ]
+    -beta E[sigma(r^_l - r^_w) (grad log pi(y_w) - grad log pi(y_l))]
 
-    policy: an nn.Module that maps tokens to logits. batch: a dict with tokens, response_mask (2B,T), chosen first, and
-    ref_chosen_logps, ref_rejected_logps (B,). Returns a list of tensors, one a parameter, in the order of
-    policy.parameters(). Autograd supplies only the two gradients of log-probabilities; the rest is this formula.
+    It never goes through the loss. policy, batch: as in `pair_logps`,
+    with ref_chosen_logps and ref_rejected_logps (B,) in the batch.
+    Returns a list of tensors in the order of policy.parameters().
     """
     raise NotImplementedError
 
 
+# ---- The gradient check: three ways to the same numbers
+
 def central_differences(f, x, eps=1e-5):
-    """df/dx for a scalar function f() of a tensor x that it reads, each entry moved by eps both ways. x's shape."""
+    """df/dx of a scalar function f() that reads x, entry by entry."""
     raise NotImplementedError
 
 
 def gradient_check(policy, batch, beta):
-    """The analytic gradient against autograd and against central differences, at the level of the log-probabilities, of
-    the model's logits and of every parameter.
+    """The analytic gradient, autograd, and central differences.
 
-    policy, batch: as in `analytic_gradient`, in float64. Yields rows (name, shape, max |analytic - autograd|,
-    max |analytic - differences|, max |analytic|) as they are ready.
+    policy, batch: as in `analytic_gradient`, in float64. Yields (name,
+    shape, error against autograd, error against differences, largest
+    entry) of log pi(y_w|x), log pi(y_l|x), logits, each parameter.
+    """
+    raise NotImplementedError
+
+
+# ---- Variants of the loss. Each is called as dpo_loss is, returns what it
+# returns, and refuses what it refuses.
+
+def cdpo_loss(policy_chosen_logps, policy_rejected_logps,
+              ref_chosen_logps, ref_rejected_logps, beta=0.1, label_smoothing=0.1):
+    """Conservative DPO: -(1 - eps) log sigma(beta h) - eps log sigma(-beta h).
+
+    eps = label_smoothing is the share of labels that are believed to be flipped. The loss stops
+    at beta h = log((1 - eps)/eps). https://ericmitchell.ai/cdpo.pdf, Eq. 3.
+    Raises ValueError for label_smoothing outside [0, 0.5).
+    """
+    raise NotImplementedError
+
+
+def robust_loss(policy_chosen_logps, policy_rejected_logps,
+                ref_chosen_logps, ref_rejected_logps, beta=0.1, label_smoothing=0.1):
+    """Robust DPO: [-(1 - eps) log sigma(beta h) + eps log sigma(-beta h)] / (1 - 2 eps).
+
+    Its mean over labels, of which the share eps = label_smoothing is flipped, is the DPO loss on
+    clean labels: it is unbiased. https://arxiv.org/abs/2403.00409.
+    Raises ValueError for label_smoothing outside [0, 0.5).
+    """
+    raise NotImplementedError
+
+
+def ipo_loss(policy_chosen_logps, policy_rejected_logps,
+             ref_chosen_logps, ref_rejected_logps, beta=0.1):
+    """IPO: (h - 1/(2 beta))^2, a margin to reach instead of a margin to grow.
+
+    beta is the tau of the paper: a smaller tau asks for a larger margin, 1/(2 tau).
+    Log-probabilities are summed here. IPO's authors later averaged them over tokens; pass
+    `response_logps(..., average=True)` for that. https://arxiv.org/abs/2310.12036, Eq. 17.
+    """
+    raise NotImplementedError
+
+
+def hinge_loss(policy_chosen_logps, policy_rejected_logps,
+               ref_chosen_logps, ref_rejected_logps, beta=0.1):
+    """The hinge: max(0, 1 - beta h). It stops at the margin 1/beta.
+
+    The hinge is that of SLiC-HF, https://arxiv.org/abs/2305.10425. The log-ratio to the
+    reference in it is that of RSO, https://arxiv.org/abs/2309.06657.
+    """
+    raise NotImplementedError
+
+
+# ---- What the loss does not see
+
+def missing_mass(policy_logps, ref_logps):
+    """An estimate of the probability that the policy spends on text the reference does not write.
+
+    Eq. 9 says sum_y ref(y|x) exp(r^(x,y)/beta) = sum_y pi(y|x) = 1. Over the text that the
+    reference writes, the sum is E_{y ~ ref}[pi(y|x)/ref(y|x)], the policy's mass on that text.
+    1 minus it went elsewhere. Eq. 7 does not see this: it fixes only differences of rewards, so
+    log pi(y_w|x) and log pi(y_l|x) may fall together, and text that is in no pair gains.
+
+    policy_logps, ref_logps (B,): of responses drawn from the reference, chosen and rejected.
+    Returns a scalar to log, or to add to the loss with a small weight. Its expectation has its
+    least value, 0, for pi* too. So it does not move the optimum; a likelihood term does. It is of
+    no use far from the reference or for pairs that others wrote: its variance grows as exp(KL).
     """
     raise NotImplementedError

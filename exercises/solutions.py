@@ -1,4 +1,7 @@
-"""Solutions of the notebooks' exercises. SPOILERS: try first. exercises/checks.py checks them as it checks yours."""
+"""Solutions of the notebooks' exercises. SPOILERS: try the exercises first.
+
+exercises/checks.py checks these solutions as it checks yours.
+"""
 import math
 
 import torch
@@ -6,8 +9,7 @@ import torch
 import world
 from exercises.checks import small_world
 
-# ---- 01
-
+# ---- 01 The RLHF objective and its optimum
 
 def objective(p, q, r, beta):
     reward = sum(a * c for a, c in zip(p, r))
@@ -16,16 +18,18 @@ def objective(p, q, r, beta):
 
 
 def optimal_policy(ref_logps, reward, beta):
-    unnormalised = ref_logps + reward / beta
+    unnormalised = ref_logps + reward / beta  # (N,)
     return unnormalised - torch.logsumexp(unnormalised, -1)
 
 
 def reward_difference(pi_logps, ref_logps, beta, i, j):
-    return beta * ((pi_logps[i] - ref_logps[i]) - (pi_logps[j] - ref_logps[j]))
+    log_ratio = pi_logps - ref_logps  # (N,)
+    return beta * (log_ratio[i] - log_ratio[j])
 
 
 def beta_for_half_a_nat():
-    low, high = 1e-3, 1e3                              # KL falls as beta grows: halve the interval, in the log
+    """The KL falls as beta grows. So halve an interval of log beta again and again."""
+    low, high = 1e-3, 1e3
     ref, reward = small_world(2)
     for _ in range(60):
         middle = math.sqrt(low * high)
@@ -36,11 +40,11 @@ def beta_for_half_a_nat():
     return middle
 
 
-# ---- 03
-
+# ---- 03 Training a policy
 
 def accuracy(chosen_rewards, rejected_rewards):
-    right, tied = chosen_rewards > rejected_rewards, chosen_rewards == rejected_rewards
+    right = chosen_rewards > rejected_rewards  # (B,)
+    tied = chosen_rewards == rejected_rewards  # (B,)
     return (right + 0.5 * tied).mean()
 
 
@@ -52,11 +56,10 @@ def missing_mass(policy_logps, ref_logps):
     return 1 - (policy_logps - ref_logps).exp().mean()
 
 
-# ---- 04
-
+# ---- 04 RLHF against DPO
 
 def token_rewards(score, logps, ref_logps, beta):
-    rewards = -beta * (logps - ref_logps)
+    rewards = -beta * (logps - ref_logps)  # (T,)
     rewards[-1] += score
     return rewards
 
@@ -64,20 +67,23 @@ def token_rewards(score, logps, ref_logps, beta):
 def gae(rewards, values, lam):
     advantages, advantage, next_value = torch.zeros_like(rewards), 0.0, 0.0
     for t in reversed(range(len(rewards))):
-        advantage = rewards[t] + next_value - values[t] + lam * advantage
-        next_value = values[t]
+        delta = rewards[t] + next_value - values[t]
+        advantage = delta + lam * advantage
         advantages[t] = advantage
+        next_value = values[t]
     return advantages
 
 
 def clipped_gain(ratio, advantage, clip):
-    return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    return torch.minimum(ratio * advantage, clipped * advantage)
 
 
 def baseline(pi_logps, ref_logps, reward, beta):
     return (pi_logps.exp() * (reward - beta * (pi_logps - ref_logps))).sum()
 
 
-# ---- 08: where the bugs sit
+# ---- 08 Find the bug: the functions that the bugs are in
 
-PATIENTS = {"A": "data.collate", "B": "data.pad", "C": "model.GPT.hidden", "D": "dpo.dpo_loss", "E": "model.sample", "F": "world.kl"}
+PATIENTS = {"A": "data.collate", "B": "data.pad", "C": "model.GPT.hidden",
+            "D": "losses.cdpo_loss", "E": "model.sample", "F": "world.kl"}

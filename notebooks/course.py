@@ -1,91 +1,113 @@
-"""What the notebooks share: one look for all figures, claims that are checked, and a reference policy to start from.
+"""What the notebooks share: the look of the figures, claims that are checked, and a reference.
 
-Nothing of DPO is defined here; that is imported from the project's own files.
+Nothing of DPO is defined here. The notebooks import that from the project's own files.
 """
 import copy
 import os
-import sys
 import tempfile
 import warnings
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import ipywidgets
+import matplotlib.pyplot as plt
+import torch
+from IPython import get_ipython
+from IPython.display import Markdown, clear_output, display
 
-import matplotlib.pyplot as plt  # noqa: E402
-import torch  # noqa: E402
-from IPython.display import Markdown, clear_output, display  # noqa: E402
+import data
+import train
+from model import GPT, GPTConfig
+from support.flags import TOY
+from support.run import Run
+from support.show import COLOURS
 
-import data  # noqa: E402
-import evaluate  # noqa: E402
-import train  # noqa: E402
-import world  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
-
-SEED = int(os.environ.get("COURSE_SEED", 0))         # every notebook holds for any seed; another one: COURSE_SEED=1 jupyter lab
+# Every notebook holds for any seed. To try another one: COURSE_SEED=1 jupyter lab notebooks
+SEED = int(os.environ.get("COURSE_SEED", 0))
 torch.manual_seed(SEED)
-warnings.filterwarnings("ignore", message=".*IProgress not found.*")      # tqdm's advice to install what is not needed
+# tqdm's advice to install a package that nothing here needs
+warnings.filterwarnings("ignore", message=".*IProgress not found.*")
 
-# The same colour for the same thing in every notebook, those of the project's own figures (Okabe and Ito's, told apart by
-# colour-blind readers and in grey).
-COLOUR = {**evaluate.COLOURS, "policy": evaluate.COLOURS["dpo"], "chosen": "#0072B2", "reward": "#E69F00", "true": "#009E73",
-          "wrong": "#D55E00"}
-plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E6E6E6",
-                     "axes.axisbelow": True, "legend.frameon": False, "figure.dpi": 100, "figure.figsize": (7.5, 3.6),
-                     "figure.constrained_layout.use": True, "axes.titlesize": 10})
+# The same thing has the same colour in every notebook and in the project's own figures.
+COLOUR = COLOURS | {"policy": COLOURS["dpo"], "chosen": COLOURS["dpo"], "wrong": COLOURS["plain"],
+                    "true": COLOURS["optimum"], "reward": "#E69F00"}
+# train.py draws into files. A notebook shows its figures.
+get_ipython().run_line_magic("matplotlib", "inline")
+plt.rcParams.update({
+    "font.size": 10, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": "#E6E6E6", "legend.frameon": False,
+    "figure.dpi": 100, "figure.figsize": (7.5, 3.6), "figure.constrained_layout.use": True})
 
 
 def claim(statement, truth):
-    """Check what the text says. A claim that does not hold stops the notebook."""
+    """Check a statement of the text. A statement that does not hold stops the notebook."""
     if not bool(truth):
         raise AssertionError(f"This does not hold: {statement}")
     print(f"holds: {statement}")
 
 
 def say(text):
-    """Show text with Markdown in it; for sentences whose numbers are computed."""
+    """Show a text with Markdown in it. It is for sentences whose numbers are computed."""
     display(Markdown(text))
 
 
 def table(rows, header, align=None):
-    """Show rows, lists of texts and numbers, under a header. align: "l" or "r" a column."""
+    """Show rows under a header. A row is a list of texts and numbers.
+
+    align: "l" or "r" for each column. By default the first column is "l" and the others are "r".
+    """
     align = align or ["l"] + ["r"] * (len(header) - 1)
-    cell = lambda v: f"{v:.3f}" if isinstance(v, float) else str(v).replace("|", "\\|")
-    lines = ["| " + " | ".join(map(cell, header)) + " |", "|" + "|".join("---:" if a == "r" else ":---" for a in align) + "|"]
-    say("\n".join(lines + ["| " + " | ".join(cell(v) for v in row) + " |" for row in rows]))
+    rule = "|".join("---:" if side == "r" else ":---" for side in align)
+    lines = [table_row(header), f"|{rule}|"]
+    lines += [table_row(row) for row in rows]
+    say("\n".join(lines))
+
+
+def table_row(values):
+    cells = []
+    for value in values:
+        text = f"{value:.3f}" if isinstance(value, float) else str(value)
+        cells.append(text.replace("|", "\\|"))  # a bar would end the cell
+    return "| " + " | ".join(cells) + " |"
 
 
 def slider(draw, **values):
-    """draw(name=value) again whenever a slider is moved; values: a list for each name. On a page without a kernel there is nothing
-    to move, so every slider stands beside a figure that says the same."""
-    import ipywidgets
-    sliders = {name: ipywidgets.SelectionSlider(options=options, value=options[len(options) // 2], continuous_update=False)
-               for name, options in values.items()}
-    widget = ipywidgets.interactive(lambda **chosen: draw(**chosen), **sliders)
+    """Call draw(name=value) again whenever somebody moves a slider.
+
+    values: a list of the possible values for each name. On a page without a kernel nothing can be
+    moved. So every slider stands beside a figure that says the same.
+    """
+    sliders = {}
+    for name, options in values.items():
+        sliders[name] = ipywidgets.SelectionSlider(
+            options=options, value=options[len(options) // 2], continuous_update=False)
+    widget = ipywidgets.interactive(draw, **sliders)
     bundle = widget._repr_mimebundle_() | {"text/plain": "(a slider, when the notebook is run)"}
     display(bundle, raw=True)
 
 
 def reference(texts=19_200):
-    """A GPT fitted to reviews of the toy world, as train.py does it in its first step: (model, tokenizer), in eval mode.
+    """A GPT fitted to reviews of the toy world, as in the first step of train.py.
 
-    About ten seconds on a laptop. texts: how many reviews it reads.
+    It takes about ten seconds on a laptop. texts: how many reviews the model reads.
+    Returns (model, tokenizer). The model is in eval mode, and its weights are frozen.
     """
     tokenizer = data.get_tokenizer("toy")
-    corpus = [(tokenizer.encode_ordinary(x), tokenizer.encode_ordinary(y) + [tokenizer.eot_token])
-              for x, y in data.make_sft_corpus(texts, SEED)]
+    corpus = []
+    for prompt, response in data.make_sft_corpus(texts, SEED):
+        response_ids = tokenizer.encode_ordinary(response) + [tokenizer.eot_token]
+        corpus.append((tokenizer.encode_ordinary(prompt), response_ids))
     torch.manual_seed(SEED)
-    model = GPT(GPTConfig(block_size=64, vocab_size=tokenizer.n_vocab, n_layer=1, n_head=2, n_embd=64))
+    model = GPT(GPTConfig(block_size=64, vocab_size=tokenizer.n_vocab,
+                          n_layer=1, n_head=2, n_embd=64))
     with tempfile.TemporaryDirectory() as folder:
-        args = train.parse_args(["--seed", str(SEED), "--out-dir", folder])
-        train.train_sft(model, corpus, args, train.Log(Path(folder) / "metrics.jsonl"))
-    clear_output(wait=True)                              # the progress bar has served
+        train.train_sft(model, corpus, Run(folder), epochs=TOY["sft_epochs"],
+                        batch_size=train.SFT_BATCH, lr=TOY["sft_lr"], seed=SEED)
+    clear_output(wait=True)  # the progress bar has served
     model.eval().requires_grad_(False)
-    print(f"A reference of {sum(p.numel() for p in model.parameters()):,} parameters has read {texts:,} reviews.")
+    size = sum(p.numel() for p in model.parameters())
+    print(f"A reference of {size:,} parameters has read {texts:,} reviews.")
     return model, tokenizer
 
 
 def copy_of(model):
-    """A policy that starts as the reference: the same weights, its own storage, trainable."""
+    """A policy that starts as the reference: the same weights in its own storage, trainable."""
     return copy.deepcopy(model).requires_grad_(True).eval()

@@ -1,18 +1,14 @@
-"""What the tests share: the project on the path, no network, and one small finished run."""
+"""What the tests share: a fresh seed for each, a tiny model with a batch, and one small run."""
 import os
-import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-os.environ.setdefault("MPLBACKEND", "Agg")
+from model import GPT, GPTConfig
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402
-
-import train  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
+os.environ.setdefault("MPLBACKEND", "Agg")  # figures are drawn into files: no window is needed
 
 
 @pytest.fixture(autouse=True)
@@ -22,23 +18,30 @@ def fresh_seed(request):
 
 @pytest.fixture
 def tiny():
-    """A tiny GPT in float64 and a batch of 3 pairs whose rewards disagree, so that no two weights are alike."""
+    """A tiny GPT in float64 and a batch of 3 pairs. Their rewards differ, and so do the weights
+    of the three pairs in the gradient."""
     torch.manual_seed(3)
-    policy = GPT(GPTConfig(block_size=7, vocab_size=9, n_layer=1, n_head=2, n_embd=8)).double()
-    tokens, position = torch.randint(9, (6, 7)), torch.arange(7)
-    tokens[3:, :2] = tokens[:3, :2]
-    mask = (position >= 2) & (position < 2 + torch.tensor([5, 3, 4, 2, 5, 1])[:, None])
-    batch = {"tokens": tokens, "response_mask": mask, "ref_chosen_logps": torch.randn(3).double() * 3 - 8,
+    config = GPTConfig(block_size=7, vocab_size=9, n_layer=1, n_head=2, n_embd=8)
+    policy = GPT(config).double()
+    tokens = torch.randint(9, (6, 7))
+    tokens[3:, :2] = tokens[:3, :2]  # both responses of a pair answer the same prompt
+    lengths = torch.tensor([5, 3, 4, 2, 5, 1])
+    position = torch.arange(7)
+    mask = (position >= 2) & (position < 2 + lengths[:, None])
+    batch = {"tokens": tokens, "response_mask": mask,
+             "ref_chosen_logps": torch.randn(3).double() * 3 - 8,
              "ref_rejected_logps": torch.randn(3).double() * 3 - 8}
     return policy, batch
 
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory):
-    """The folder of a finished toy run, a few seconds' worth: 640 SFT texts, 256 pairs, both DPO stages."""
+    """The folder of a finished toy run that takes seconds: 640 SFT texts, 256 pairs, plain DPO
+    and DPO."""
+    import train  # only here: most tests need no training and no figures
     out = tmp_path_factory.mktemp("small") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "SFT_TEXTS", 640)
-        train.main(["--out-dir", str(out), "--pairs", "256", "--epochs", "1", "--batch-size", "32", "--n-embd", "32",
-                    "--device", "cpu"])
+        train.main(["--out-dir", str(out), "--pairs", "256", "--epochs", "1",
+                    "--batch-size", "32", "--n-embd", "32", "--device", "cpu"])
     return out

@@ -1,5 +1,7 @@
-"""The variants: IPO (https://arxiv.org/abs/2310.12036; its equations carry a *), conservative and robust DPO, the
-hinge, and the family that has DPO and IPO as members. float64, 1e-10 unless stated."""
+"""The variants: IPO (https://arxiv.org/abs/2310.12036; its equations carry a *), conservative and
+robust DPO, the hinge, and PsiPO, of which both DPO and IPO are members. float64, 1e-10 unless
+stated."""
+import inspect
 import math
 
 import pytest
@@ -8,201 +10,454 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import dpo
-import tabular
+import losses
 import world
-from tools import betas, grades, numbers, assert_same, softplus, vector, worlds
+from lab import tabular
+from tools import assert_same, betas, grades, numbers, softplus, vector, worlds
+
+# name in losses.LOSSES -> name of the function
+FUNCTIONS = {"sigmoid": "dpo_loss", "cdpo": "cdpo_loss", "robust": "robust_loss",
+             "ipo": "ipo_loss", "hinge": "hinge_loss"}
+SMOOTHED = ("cdpo", "robust")  # these take label_smoothing
 
 
-def losses_at(h, beta, **kind):
-    """The losses of pairs whose preference logits are h, put there by the policy's chosen log-probs."""
+def loss_named(name):
+    """The loss function as it stands in its module now: the grader exchanges it there."""
+    return dpo.dpo_loss if name == "sigmoid" else getattr(losses, FUNCTIONS[name])
+
+
+def for_each(names):
+    """Parametrises a test by the names of losses. Each case is a proof that grades its function."""
+    cases = [pytest.param(name, marks=grades(FUNCTIONS[name])) for name in names]
+    return pytest.mark.parametrize("name", cases)
+
+
+def losses_at(name, h, beta, **options):
+    """The losses of pairs whose preference logits are h. The policy's chosen log-probabilities are
+    h, and all others are 0."""
     h = torch.as_tensor(h, dtype=torch.float64).reshape(-1)
     zero = torch.zeros_like(h)
-    return dpo.dpo_loss(h, zero, zero, zero, beta=beta, **kind)[0]
+    return loss_named(name)(h, zero, zero, zero, beta=beta, **options)[0]
 
 
-def formula(loss_type, h, beta, eps):
-    """The four papers' losses, h (B,)."""
-    if loss_type == "ipo":
+def formula(name, h, beta, eps=0.1):
+    """The losses as the papers write them, h (B,)."""
+    if name == "ipo":
         return (h - 1 / (2 * beta)) ** 2
-    if loss_type == "hinge":
+    if name == "hinge":
         return (1 - beta * h).clamp(min=0)
-    sign, scale = (1, 1) if loss_type == "sigmoid" else (-1, 1 / (1 - 2 * eps))
-    return scale * ((1 - eps) * softplus(-beta * h) + sign * eps * softplus(beta * h))
+    right, flipped = softplus(-beta * h), softplus(beta * h)
+    if name == "robust":
+        return ((1 - eps) * right - eps * flipped) / (1 - 2 * eps)
+    if name == "cdpo":
+        return (1 - eps) * right + eps * flipped
+    return right
 
 
-@grades("dpo_loss")
-@pytest.mark.parametrize("loss_type", ["sigmoid", "robust", "ipo", "hinge"])
+def smoothing(name, eps):
+    """label_smoothing as a keyword argument, for a loss that takes it."""
+    return {"label_smoothing": eps} if name in SMOOTHED else {}
+
+
+# ---- The losses and their names
+
+@for_each(FUNCTIONS)
 @given(numbers(3, 40), st.floats(-2, 1).map(lambda e: 10 ** e), st.floats(0, 0.45))
-def test_every_variant_is_its_papers_formula(loss_type, h, beta, eps):
-    """For every h, beta and share eps of flipped labels."""
-    eps = eps if loss_type in ("sigmoid", "robust") else 0.0
-    want = formula(loss_type, h, beta, eps)
-    assert_same(losses_at(h, beta, loss_type=loss_type, label_smoothing=eps), want, 1e-10, {
-        "loss_type is ignored: this is the sigmoid loss": formula("sigmoid", h, beta, eps),
-        "label_smoothing is ignored": formula(loss_type, h, beta, 0.0),
+def test_every_variant_is_its_papers_formula(name, h, beta, eps):
+    """For every h, every beta and every share eps of flipped labels."""
+    want = formula(name, h, beta, eps)
+    title, this_is_dpo = f"the {name} loss at beta = {beta:g}", "this is the DPO loss"
+    if name in SMOOTHED:
+        title += f", label_smoothing = {eps:g}"
+        this_is_dpo = "label_smoothing is ignored: this is the DPO loss"
+    assert_same(losses_at(name, h, beta, **smoothing(name, eps)), want, 1e-10, {
+        this_is_dpo: formula("sigmoid", h, beta),
         "the factor 1/(1 - 2 eps) is missing": want * (1 - 2 * eps),
-        "this is cDPO; robust DPO subtracts eps times the flipped loss and divides by 1 - 2 eps": formula("sigmoid", h, beta, eps),
-        "eps and 1 - eps are swapped": (eps * softplus(-beta * h) + (1 - eps) * softplus(beta * h)),
+        "this is cDPO. Robust DPO subtracts eps times the flipped loss and divides by 1 - 2 eps":
+            formula("cdpo", h, beta, eps),
+        "this is robust DPO. cDPO adds eps times the flipped loss and does not divide":
+            formula("robust", h, beta, eps),
+        "eps and 1 - eps are swapped": eps * softplus(-beta * h) + (1 - eps) * softplus(beta * h),
         "the target is 1/(2 tau), not 1/tau": (h - 1 / beta) ** 2,
-        "IPO has no sigmoid and no beta before h: (h - 1/(2 tau))^2": (beta * h - 1 / (2 * beta)) ** 2,
-        "IPO squares; this is the absolute value": (h - 1 / (2 * beta)).abs(),
-        "the hinge lacks beta": (1 - h).clamp(min=0),
+        "h is multiplied by beta. IPO has no beta there: (h - 1/(2 tau))^2":
+            (beta * h - 1 / (2 * beta)) ** 2,
+        "this is the absolute value. IPO squares": (h - 1 / (2 * beta)).abs(),
+        "beta is missing in the hinge": (1 - h).clamp(min=0),
         "the hinge is not cut off at 0": 1 - beta * h,
-    }, what=f"the {loss_type} loss at label_smoothing {eps:g}")
+    }, what=title)
 
 
-@grades("dpo_loss")
-def test_the_variants_differ_and_share_their_rewards():
-    """A configured loss that is silently another one shows here; rewards are beta log(pi/ref) whichever loss is used."""
+@for_each(FUNCTIONS)
+def test_the_variants_differ_and_share_their_rewards(name):
+    """A loss that is secretly another one shows here. The rewards are beta log(pi/ref) for every
+    loss."""
+    w, l, rw, rl = four = torch.randn(4, 20, dtype=torch.float64)
+    got, chosen, rejected = loss_named(name)(*four, beta=0.3)
+    for other in FUNCTIONS:
+        if other != name:
+            difference = (got - formula(other, (w - l) - (rw - rl), 0.3)).abs().max()
+            assert difference > 1e-3, f"{FUNCTIONS[name]} gives the losses of {FUNCTIONS[other]}"
+    assert_same(chosen, 0.3 * (w - rw), 1e-12,
+                {"this is the reward without beta": w - rw}, what="the chosen reward")
+    assert_same(rejected, 0.3 * (l - rl), 1e-12,
+                {"this is the reward without beta": l - rl}, what="the rejected reward")
+
+
+@for_each(FUNCTIONS)
+def test_every_variant_trains_the_policy_and_not_through_the_rewards(name):
+    """The losses carry a gradient to the policy. The rewards carry none: they are for looking
+    at."""
+    w, l, rw, rl = torch.randn(4, 5, dtype=torch.float64)
+    w, l = w.requires_grad_(), l.requires_grad_()
+    got, chosen, rejected = loss_named(name)(w, l, rw, rl, beta=0.3)
+    assert got.requires_grad, "the loss carries no gradient: it is cut off from the policy"
+    grad_w, grad_l = torch.autograd.grad(got.sum(), (w, l))
+    assert grad_w.any(), "the loss has no gradient at log pi(y_w)"
+    assert_same(grad_l, -grad_w, 1e-12, what="dL/dlog pi(y_l), compared with -dL/dlog pi(y_w),")
+    assert not chosen.requires_grad and not rejected.requires_grad, (
+        "the rewards carry a gradient: detach them")
+
+
+def test_every_loss_stands_under_its_name():
+    """losses.LOSSES is how a name, such as that of --loss ipo, becomes a function. Each name stands
+    for the function of that name. Names that mean nothing are not there."""
+    for name, function in FUNCTIONS.items():
+        assert losses.LOSSES[name] is getattr(losses, function), f"LOSSES[{name!r}] is another loss"
+    assert losses.LOSSES["sigmoid"] is dpo.dpo_loss
+    for name in losses.LOSSES.keys() - {"sigmoid"}:
+        function = losses.LOSSES[name].__name__
+        assert function == f"{name}_loss", f"LOSSES[{name!r}] is {function}"
+    for unknown in ("tanh", "", "dpo", "SIGMOID"):
+        assert unknown not in losses.LOSSES, f"LOSSES[{unknown!r}] has no meaning"
+
+
+def test_the_losses_of_all_names_differ_and_share_their_rewards():
+    """The same four log-probabilities through every entry of LOSSES: no two entries give the same
+    losses, and all give the rewards of dpo_loss."""
     four = torch.randn(4, 20, dtype=torch.float64)
-    kinds = [dict(loss_type="sigmoid"), dict(loss_type="sigmoid", label_smoothing=0.1), dict(loss_type="robust", label_smoothing=0.1),
-             dict(loss_type="ipo"), dict(loss_type="hinge")]
-    results = [dpo.dpo_loss(*four, beta=0.3, **kind) for kind in kinds]
-    for i, a in enumerate(results):
-        for j in range(i):
-            assert (a[0] - results[j][0]).abs().max() > 1e-3, f"{kinds[i]} and {kinds[j]} give the same loss"
-        assert_same(a[1], 0.3 * (four[0] - four[2]), 1e-12, what=f"the chosen reward of {kinds[i]}")
-        assert_same(a[2], 0.3 * (four[1] - four[3]), 1e-12, what=f"the rejected reward of {kinds[i]}")
+    _, chosen, rejected = dpo.dpo_loss(*four, beta=0.3)
+    results = {}
+    for name, loss in losses.LOSSES.items():
+        results[name], *rewards = loss(*four, beta=0.3)  # the rewards are two: chosen, rejected
+        assert results[name].shape == (20,), f"{name} must return the loss of each pair, (B,)"
+        assert torch.equal(rewards[0], chosen), f"{name} has other chosen rewards than DPO"
+        assert torch.equal(rewards[1], rejected), f"{name} has other rejected rewards than DPO"
+    names = list(results)
+    for i, name in enumerate(names):
+        for other in names[:i]:
+            difference = (results[name] - results[other]).abs().max()
+            assert difference > 1e-3, f"{name} and {other} give the same losses"
 
 
-@grades("dpo_loss")
-@pytest.mark.parametrize("loss_type", ["sigmoid", "robust", "ipo", "hinge"])
-def test_a_loss_type_read_from_a_file_will_do(loss_type):
-    """Names are compared by value: one put together at run time is another object with the same letters."""
-    read = "".join(list(loss_type))
-    assert_same(losses_at(2.0, 0.3, loss_type=read), formula(loss_type, vector(2.0), 0.3, 0.0), 1e-12, what=f"the {loss_type} loss")
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_loss_name_read_from_a_file_will_do(name):
+    """Names are compared by value. A name that is put together at run time is another object with
+    the same letters."""
+    read = "".join(list(name))
+    zero = torch.zeros(1, dtype=torch.float64)
+    got = losses.LOSSES[read](vector(2.0), zero, zero, zero, beta=0.3)[0]
+    assert_same(got, formula(name, vector(2.0), 0.3), 1e-12, what=f"the {name} loss")
+
+
+def test_label_smoothing_is_taken_where_it_has_a_meaning():
+    """losses.SMOOTHED names the losses with an argument label_smoothing, and no others."""
+    takes = []
+    for name, loss in losses.LOSSES.items():
+        if "label_smoothing" in inspect.signature(loss).parameters:
+            takes.append(name)
+    assert set(takes) == set(losses.SMOOTHED) and set(SMOOTHED) <= set(takes)
+
+
+@pytest.mark.parametrize("name", [pytest.param("sigmoid"),
+                                  pytest.param("ipo", marks=grades("ipo_loss")),
+                                  pytest.param("hinge", marks=grades("hinge_loss"))])
+def test_label_smoothing_is_refused_where_it_means_nothing(name):
+    """These losses have no formula with flipped labels. An option that is accepted and ignored
+    would be worse than an error."""
+    losses_at(name, 1.0, 0.3)  # without the option it is a loss
+    try:
+        losses_at(name, 1.0, 0.3, label_smoothing=0.1)
+    except (TypeError, ValueError):
+        return
+    raise AssertionError(f"{FUNCTIONS[name]} accepts label_smoothing; wanted an error, because it "
+                         "has no meaning for this loss")
+
+
+@for_each(SMOOTHED)
+@pytest.mark.parametrize("eps", [0.5, -0.1, 0.7, math.nan])
+def test_label_smoothing_outside_its_range_is_refused(name, eps):
+    """It is the share of flipped labels, in [0, 0.5). At one half the labels say nothing. A
+    ValueError names the value."""
+    try:
+        losses_at(name, 1.0, 0.3, label_smoothing=eps)
+    except ValueError as error:
+        assert f"label_smoothing={eps}" in str(error), (
+            f"the message must name the value. It is {str(error)!r} and does not contain "
+            f"'label_smoothing={eps}'")
+    else:
+        raise AssertionError(f"label_smoothing={eps} is accepted; wanted a ValueError that names "
+                             "the value")
+
+
+@for_each(FUNCTIONS)
+def test_without_options_beta_and_label_smoothing_are_one_tenth(name):
+    """beta = 0.1 for every loss. label_smoothing = 0.1 for those that take it."""
+    h = torch.randn(20, dtype=torch.float64)
+    zero = torch.zeros_like(h)
+    got = loss_named(name)(h, zero, zero, zero)[0]
+    assert_same(got, formula(name, h, 0.1, 0.1), 1e-12, what=f"the {name} loss without options")
+
+
+@for_each(["cdpo", "robust", "hinge"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6),
+                                              (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+@given(h=st.floats(-1e4, 1e4, width=16), beta=st.sampled_from([0.25, 1.0, 2.0]))
+def test_the_variants_are_finite_and_right_at_extreme_margins(name, dtype, tolerance, h, beta):
+    """Margins up to +-1e4 in every precision, as for dpo_loss: log(sigmoid(x)) underflows to -inf.
+    logsigmoid does not."""
+    x = torch.tensor([h], dtype=dtype, requires_grad=True)
+    zero = torch.zeros(1, dtype=dtype)
+    got = loss_named(name)(x, zero, zero, zero, beta=beta, **smoothing(name, 0.25))[0]
+    assert got.isfinite().all(), (
+        f"the loss at beta h = {beta * h:g} is {got.item()}: log(sigmoid(x)) underflows, "
+        "logsigmoid does not")
+    want = formula(name, x.detach().double(), beta, 0.25)
+    assert_same(got.detach().double(), want, tolerance, what=f"the {name} loss at h = {h:g}")
+    slope = torch.autograd.grad(got.sum(), x)[0]
+    assert slope.isfinite().all(), f"the slope at h = {h:g} is {slope.item()}"
 
 
 # ---- IPO
 
-@grades("dpo_loss")
+@grades("ipo_loss")
 @pytest.mark.parametrize("tau", [0.1, 0.5, 2.0])
 def test_ipo_reaches_its_margin_and_stops(tau):
-    """Claim 25 (Eq. 17*). One pair, gradient flow on its logits: h(t) = (1 - e^(-4t))/(2 tau), to 1e-8: a finite margin,
-    the larger the smaller tau."""
+    """Claim 25 (Eq. 17*). Gradient flow on the logits of one pair.
+
+    h(t) = (1 - e^(-4t))/(2 tau), to 1e-8. The margin stays finite. The smaller tau is, the larger
+    it is.
+    """
     ref = torch.log_softmax(torch.randn(3, dtype=torch.float64), -1)
 
     def loss(theta):
         logps = torch.log_softmax(theta, -1)
-        return dpo.dpo_loss(logps[:1], logps[1:2], ref[:1], ref[1:2], beta=tau, loss_type="ipo")[0].sum()
+        return losses.ipo_loss(logps[:1], logps[1:2], ref[:1], ref[1:2], beta=tau)[0].sum()
+
     for time in (0.2, 8.0):
         theta = tabular.gradient_flow(loss, ref, time, steps=1000)
-        assert_same((theta[0] - theta[1]) - (ref[0] - ref[1]), vector((1 - math.exp(-4 * time)) / (2 * tau))[0], 1e-8, {
-            "it runs to 1/tau, twice too far": vector((1 - math.exp(-4 * time)) / tau)[0]}, what=f"h at time {time}")
+        h = (theta[0] - theta[1]) - (ref[0] - ref[1])
+        want = vector((1 - math.exp(-4 * time)) / (2 * tau))[0]
+        assert_same(h, want, 1e-8, {"it goes to 1/tau, twice too far": 2 * want},
+                    what=f"h at time {time}")
 
 
-@grades("dpo_loss")
+@grades("ipo_loss")
 def test_ipo_on_a_chain_of_sure_labels():
-    """Claim 26 (its example D1). a over b, b over c, a over c, always: IPO stops at the gaps 1/(3 tau), 1/(3 tau), 2/(3 tau);
-    DPO on the same pairs runs away."""
+    """Claim 26 (its example D1). The labels always say a over b, b over c, and a over c.
+
+    IPO stops at the gaps 1/(3 tau), 1/(3 tau) and 2/(3 tau). DPO on the same pairs never stops.
+    """
     tau, ref = 0.25, torch.full((3,), 1 / 3, dtype=torch.float64).log()
     preference = vector(0, 1, 1, 0, 0, 1, 0, 0, 0).view(3, 3)
     drawn = torch.ones(3, 3, dtype=torch.float64).fill_diagonal_(0) / 6
-    loss = lambda kind: lambda theta: tabular.population_loss(torch.log_softmax(theta, -1), ref, preference, tau, drawn, loss_type=kind)
-    theta = tabular.minimise(loss("ipo"), ref)
-    assert_same(theta[:2] - theta[1:], vector(1, 1) / (3 * tau), 1e-8, what="IPO's gaps a-b and b-c")
+
+    def ipo(theta):
+        logps = torch.log_softmax(theta, -1)
+        return tabular.population_loss(logps, ref, preference, tau, drawn, loss=losses.ipo_loss)
+
+    def dpo_(theta):
+        logps = torch.log_softmax(theta, -1)
+        return tabular.population_loss(logps, ref, preference, tau, drawn, loss=dpo.dpo_loss)
+
+    theta = tabular.minimise(ipo, ref)
+    assert_same(theta[:2] - theta[1:], vector(1, 1) / (3 * tau), 1e-8,
+                what="IPO's gaps a-b and b-c")
     assert_same(theta[0] - theta[2], vector(2)[0] / (3 * tau), 1e-8, what="IPO's gap a-c")
-    gaps = [(lambda t: (t[0] - t[1]).item())(tabular.gradient_flow(loss("sigmoid"), ref, time)) for time in (10.0, 100.0, 1000.0)]
-    assert gaps[1] - gaps[0] > 1 and gaps[2] - gaps[1] > 1, f"DPO's gap must go on growing on sure labels, got {gaps}"
+    gaps = []
+    for time in (10.0, 100.0, 1000.0):
+        theta = tabular.gradient_flow(dpo_, ref, time)
+        gaps.append((theta[0] - theta[1]).item())
+    assert gaps[1] - gaps[0] > 1 and gaps[2] - gaps[1] > 1, (
+        f"on sure labels DPO's gap must grow without end; at times 10, 100, 1000 it is {gaps}")
 
 
+@grades("ipo_loss")
 @given(numbers(1, 30), st.floats(-2, 1).map(lambda e: 10 ** e))
 def test_ipos_sampled_and_centred_losses_have_one_gradient(h, tau):
-    """Claim 27, first half (Eq. 16* and 17*). With both orders of a pair in the data, (h - 1/tau)^2 for one and (-h - 0)^2
-    for the other, their mean and (h - 1/(2 tau))^2 differ by a constant: the same slope."""
+    """Claim 27, first half (Eq. 16* and 17*). The data contain both orders of a pair.
+
+    One order has the loss (h - 1/tau)^2, the other (-h - 0)^2. Their mean differs from
+    (h - 1/(2 tau))^2 by a constant. So both have the same slope.
+    """
     x = h.clone().requires_grad_()
     sampled = torch.autograd.grad((((x - 1 / tau) ** 2 + (-x) ** 2) / 2).sum(), x)[0]
-    y = h.clone().requires_grad_()
-    centred = torch.autograd.grad(dpo.dpo_loss(y, 0 * h, 0 * h, 0 * h, beta=tau, loss_type="ipo")[0].sum(), y)[0]
-    assert_same(sampled, centred, 1e-10, what="the slope")
+    y, zero = h.clone().requires_grad_(), torch.zeros_like(h)
+    loss = losses.ipo_loss(y, zero, zero, zero, beta=tau)[0].sum()
+    centred = torch.autograd.grad(loss, y)[0]
+    assert_same(centred, sampled, 1e-10, what="the slope")
 
 
-@grades("dpo_loss")
+@grades("ipo_loss")
 @pytest.mark.parametrize("tau", [0.3, 1.0])
 def test_ipos_minimiser(tau):
-    """Claim 27, second half. With pairs of ref x ref IPO ends at ref exp(p(y over ref)/tau)/Z: it
-    fits preference probabilities where DPO fits rewards, so its optimum is not DPO's pi*. Total variation 1e-8."""
+    """Claim 27, second half. With pairs of ref x ref IPO ends at ref exp(p(y over ref)/tau)/Z.
+
+    It fits probabilities of preferences, where DPO fits rewards. So its optimum is not DPO's pi*.
+    To a total variation of 1e-8.
+    """
     ref, reward = tabular.random_world(5)
     preference = tabular.preferences(reward)
-    loss = lambda theta: tabular.population_loss(torch.log_softmax(theta, -1), ref, preference, tau, loss_type="ipo")
+
+    def loss(theta):
+        logps = torch.log_softmax(theta, -1)
+        return tabular.population_loss(logps, ref, preference, tau, loss=losses.ipo_loss)
+
     found = torch.log_softmax(tabular.minimise(loss, ref), -1)
-    p = [sum(preference[i, j].item() * ref[j].exp().item() for j in range(5)) for i in range(5)]
+    p = []  # p(y over ref) of each response y
+    for i in range(5):
+        p.append(sum(preference[i, j].item() * ref[j].exp().item() for j in range(5)))
     want = torch.softmax(ref + vector(*p) / tau, -1).log()
-    assert tabular.total_variation(found, want) < 1e-8
-    assert_same(tabular.psi_policy(ref, preference, ref, lambda q: q, tau), want, 1e-12, what="PsiPO's optimum for the identity")
-    assert tabular.total_variation(found, world.optimal_policy(ref, reward, tau)) > 1e-3
+    distance = tabular.total_variation(found, want)
+    assert distance < 1e-8, f"the minimiser is {distance:.2g} in total variation from IPO's optimum"
+    assert_same(tabular.psi_policy(ref, preference, ref, lambda q: q, tau), want, 1e-12,
+                what="PsiPO's optimum for the identity")
+    star = world.optimal_policy(ref, reward, tau)
+    assert tabular.total_variation(found, star) > 1e-3, "IPO must not end at DPO's pi*"
 
 
 @given(worlds(policies=1), betas)
 def test_psi_po_with_the_logit_is_rlhf(drawn, tau):
-    """Claim 30 (Proposition 1*). With psi = logit under Bradley-Terry, E[logit p(y over y')] = r(y) - E[r(y')]: PsiPO's
-    optimum is pi*, whoever y' is sampled from."""
+    """Claim 30 (Proposition 1*). psi = logit, with Bradley-Terry preferences.
+
+    E[logit p(y over y')] = r(y) - E[r(y')]. So PsiPO's optimum is pi*, and it does not matter which
+    policy y' is sampled from.
+    """
     ref, reward, sampler = drawn
-    logit = lambda p: torch.log(p) - torch.log1p(-p)
-    assume((reward.max() - reward.min()).item() < 15)         # beyond, 1 - p has lost too many digits to have a logit
+
+    def logit(p):
+        return torch.log(p) - torch.log1p(-p)
+
+    # beyond this spread, 1 - p has lost too many digits for its logit
+    assume((reward.max() - reward.min()).item() < 15)
     worth = (logit(tabular.preferences(reward)) * sampler.exp()).sum(-1)
     assert_same(worth, reward - world.expected(sampler, reward), 1e-8, what="E[logit p]")
-    assert_same(tabular.psi_policy(ref, tabular.preferences(reward), sampler, logit, tau).exp(),
-         world.optimal_policy(ref, reward, tau).exp(), 1e-8 * max(1, 1 / tau), what="PsiPO's optimum for the logit")
+    found = tabular.psi_policy(ref, tabular.preferences(reward), sampler, logit, tau)
+    assert_same(found.exp(), world.optimal_policy(ref, reward, tau).exp(), 1e-8 * max(1, 1 / tau),
+                what="PsiPO's optimum for the logit")
 
 
-# ---- Noisy labels
+# ---- Noisy labels, and the hinge
 
-@grades("dpo_loss")
+@grades("cdpo_loss")
 @given(st.floats(0.01, 0.49), st.floats(-1, 1).map(lambda e: 10 ** e))
 def test_conservative_dpo_stops_at_the_noises_log_odds(eps, beta):
-    """Claim 28. cDPO's slope is zero at beta h = log((1 - eps)/eps), and nowhere else: it believes no label more than that."""
+    """Claim 28. The slope of cDPO is zero at beta h = log((1 - eps)/eps), and nowhere else. It
+    trusts no label further than that."""
     stop = math.log((1 - eps) / eps) / beta
     h = vector(stop, 0.8 * stop - 0.1, 1.2 * stop + 0.1).requires_grad_()
-    slope = torch.autograd.grad(losses_at(h, beta, label_smoothing=eps).sum(), h)[0]
-    assert_same(slope[0], vector(0.0)[0], 1e-12, {"label_smoothing is ignored": vector(-beta * eps)[0]}, what="the slope at the stop")
-    assert slope[1] < 0 < slope[2], "it must be the minimum"
+    at_h = losses_at("cdpo", h, beta, label_smoothing=eps)
+    slope = torch.autograd.grad(at_h.sum(), h)[0]
+    assert_same(slope[0], vector(0.0)[0], 1e-12,
+                {"label_smoothing is ignored": vector(-beta * eps)[0]},
+                what="the slope at the stop")
+    assert slope[1] < 0 < slope[2], "the stop must be the minimum"
 
 
-@grades("dpo_loss")
+@grades("robust_loss")
 @given(numbers(4, 30), st.floats(0, 0.49), betas)
 def test_robust_dpo_is_unbiased_under_flipped_labels(h, eps, beta):
-    """Claim 29. With labels flipped with probability eps, its mean (1 - eps) L(h) + eps L(-h) is the clean DPO loss; cDPO's
-    is not."""
-    mean = lambda kind: (1 - eps) * losses_at(h, beta, loss_type=kind, label_smoothing=eps) + eps * losses_at(-h, beta, loss_type=kind, label_smoothing=eps)
-    assert_same(mean("robust"), softplus(-beta * h), 1e-10 / (1 - 2 * eps), {
-        "this is cDPO, which is not unbiased": mean("sigmoid")}, what="robust DPO's mean over flipped labels")
+    """Claim 29. Each label is flipped with probability eps. Then the mean of robust DPO,
+    (1 - eps) L(h) + eps L(-h), is the DPO loss on clean labels. The mean of cDPO is not."""
+    clean = softplus(-beta * h)
+    mean = ((1 - eps) * losses_at("robust", h, beta, label_smoothing=eps)
+            + eps * losses_at("robust", -h, beta, label_smoothing=eps))
+    mean_of_cdpo = ((1 - eps) * formula("cdpo", h, beta, eps)
+                    + eps * formula("cdpo", -h, beta, eps))
+    assert_same(mean, clean, 1e-10 / (1 - 2 * eps), {
+        "this is cDPO, which is not unbiased": mean_of_cdpo},
+        what="the mean of robust DPO over flipped labels")
     if eps > 0.05 and (beta * h).abs().max() > 0.1:
-        assert (mean("sigmoid") - softplus(-beta * h)).abs().max() > 1e-6, "cDPO and robust DPO are two losses"
+        assert (mean_of_cdpo - clean).abs().max() > 1e-6, "here cDPO would be unbiased too"
 
 
-# ---- Numbers computed elsewhere; half a unit of their last printed digit
+@grades("cdpo_loss")
+def test_conservative_dpo_is_biased_under_flipped_labels():
+    """The other half of claim 29: the mean of cDPO over flipped labels is not the DPO loss on clean
+    labels. At beta h = 0 they are equal, and elsewhere cDPO's mean is larger for h > 0."""
+    h, eps, beta = vector(0, 1, 3, 6), 0.2, 0.5
+    mean = ((1 - eps) * losses_at("cdpo", h, beta, label_smoothing=eps)
+            + eps * losses_at("cdpo", -h, beta, label_smoothing=eps))
+    bias = mean - softplus(-beta * h)
+    # with L(-h) = L(h) + beta h: the flipped share is 2 eps (1 - eps), and each flip costs beta h
+    assert_same(bias, 2 * eps * (1 - eps) * beta * h, 1e-12,
+                {"this is robust DPO, which is unbiased": torch.zeros_like(h)}, what="the bias")
+
+
+@grades("hinge_loss")
+@pytest.mark.parametrize("beta", [0.1, 0.5, 2.0])
+def test_the_hinge_stops_at_the_margin_one_over_beta(beta):
+    """Its slope is -beta up to h = 1/beta, and 0 from there on."""
+    h = vector(-3, 0, 0.99 / beta, 1.01 / beta, 10 / beta).requires_grad_()
+    slope = torch.autograd.grad(losses_at("hinge", h, beta).sum(), h)[0]
+    assert_same(slope, vector(-beta, -beta, -beta, 0, 0), 1e-12, {
+        "the hinge is not cut off at 0": torch.full_like(slope, -beta),
+        "beta is missing in the hinge": -(h.detach() < 1).double()}, what="the slope of the hinge")
+
+
+# ---- Numbers that were computed elsewhere. The tolerance is half a unit of their last digit.
 
 @grades("dpo_loss")
 def test_oracle_three_pairs():
-    """beta h = [0, 1, 2]: losses and rewards of three pairs, by another hand."""
-    w, l, rw, rl = vector(-.5, -10, -1), vector(-.1, -30, -21), vector(-.5, -10.1, -.1), vector(-.1, -20.1, -.1)
-    losses, chosen, rejected = dpo.dpo_loss(w, l, rw, rl, beta=0.1)
-    assert_same(losses, vector(.693147, .313262, .126928), 5e-7, what="the losses")
-    assert_same(chosen, vector(0, .01, -.09), 1e-12, {"rewards without beta": vector(0, .1, -.9)}, what="the chosen rewards")
-    assert_same(rejected, vector(0, -.99, -2.09), 1e-12, {"rewards without beta": vector(0, -9.9, -20.9)}, what="the rejected rewards")
-    assert_same(dpo.dpo_loss(w, l, rw, rl, beta=0.1, loss_type="hinge")[0], vector(1, 0, 0), 1e-12, what="the hinge losses")
+    """beta h = [0, 1, 2]: the losses and the rewards of three pairs."""
+    w, l = vector(-.5, -10, -1), vector(-.1, -30, -21)
+    rw, rl = vector(-.5, -10.1, -.1), vector(-.1, -20.1, -.1)
+    got, chosen, rejected = dpo.dpo_loss(w, l, rw, rl, beta=0.1)
+    assert_same(got, vector(.693147, .313262, .126928), 5e-7, what="the losses")
+    assert_same(chosen, vector(0, .01, -.09), 1e-12, {
+        "these are rewards without beta": vector(0, .1, -.9)}, what="the chosen rewards")
+    assert_same(rejected, vector(0, -.99, -2.09), 1e-12, {
+        "these are rewards without beta": vector(0, -9.9, -20.9)}, what="the rejected rewards")
 
 
-@grades("dpo_loss")
-@pytest.mark.parametrize("loss_type, loss, slope", [("sigmoid", .437488, -.035434), ("hinge", .4, -.1), ("ipo", 1.0, 2.0)])
-def test_oracle_one_pair_loss_and_slope(loss_type, loss, slope):
-    """beta = 0.1, h = 6."""
+@grades("hinge_loss")
+def test_oracle_three_pairs_hinge():
+    """beta h = [0, 1, 2]: the hinge losses of the same three pairs."""
+    w, l = vector(-.5, -10, -1), vector(-.1, -30, -21)
+    rw, rl = vector(-.5, -10.1, -.1), vector(-.1, -20.1, -.1)
+    assert_same(losses.hinge_loss(w, l, rw, rl, beta=0.1)[0], vector(1, 0, 0), 1e-12,
+                what="the hinge losses")
+
+
+@pytest.mark.parametrize("name, loss, slope", [
+    pytest.param("sigmoid", .437488, -.035434, marks=grades("dpo_loss")),
+    pytest.param("hinge", .4, -.1, marks=grades("hinge_loss")),
+    pytest.param("ipo", 1.0, 2.0, marks=grades("ipo_loss")),
+])
+def test_oracle_one_pair_loss_and_slope(name, loss, slope):
+    """One pair with beta = 0.1 and h = 6: its loss and dL/dh."""
     h = vector(6.0).requires_grad_()
-    losses = losses_at(h, 0.1, loss_type=loss_type)
-    assert_same(losses.detach(), vector(loss), 5e-7, what="the loss")
-    assert_same(torch.autograd.grad(losses.sum(), h)[0], vector(slope), 5e-7, what="dL/dh")
+    got = losses_at(name, h, 0.1)
+    assert_same(got.detach(), vector(loss), 5e-7, what="the loss")
+    assert_same(torch.autograd.grad(got.sum(), h)[0], vector(slope), 5e-7, what="dL/dh")
 
 
 @grades("dpo_loss")
 def test_oracle_mean_of_two():
-    losses, _, _ = dpo.dpo_loss(vector(0, -1), vector(-1, 0), vector(-2, -1), vector(-1, -2), beta=0.1)
-    assert_same(losses.mean(), vector(.698139)[0], 5e-7, what="the mean loss")
+    """The mean loss of two pairs, with beta = 0.1."""
+    w, l, rw, rl = vector(0, -1), vector(-1, 0), vector(-2, -1), vector(-1, -2)
+    got = dpo.dpo_loss(w, l, rw, rl, beta=0.1)[0]
+    assert_same(got.mean(), vector(.698139)[0], 5e-7, what="the mean loss")
 
 
-@grades("dpo_loss")
-def test_oracle_label_smoothing():
-    """beta h = 1, eps = 0.1: cDPO .413262, robust .188262."""
-    assert_same(losses_at(1.0, 1.0, label_smoothing=0.1), vector(.413262), 5e-7, {"label_smoothing is ignored": vector(.313262)}, what="cDPO")
-    assert_same(losses_at(1.0, 1.0, label_smoothing=0.1, loss_type="robust"), vector(.188262), 5e-7, {
-        "this is cDPO": vector(.413262), "the factor 1/(1 - 2 eps) is missing": vector(.15061)}, what="robust DPO")
+@pytest.mark.parametrize("name, loss", [
+    pytest.param("cdpo", .413262, marks=grades("cdpo_loss")),
+    pytest.param("robust", .188262, marks=grades("robust_loss")),
+])
+def test_oracle_label_smoothing(name, loss):
+    """beta h = 1, eps = 0.1: cDPO .413262, robust DPO .188262."""
+    got = losses_at(name, 1.0, 1.0, label_smoothing=0.1)
+    assert_same(got, vector(loss), 5e-7, {
+        "label_smoothing is ignored": vector(.313262),
+        "this is cDPO": vector(.413262),
+        "this is robust DPO": vector(.188262),
+        "the factor 1/(1 - 2 eps) is missing": vector(.15061)}, what=f"the {name} loss")

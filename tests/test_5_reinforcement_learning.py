@@ -1,7 +1,11 @@
-"""Reinforcement learning on the same objective: the policy gradient and its baselines, estimates of the KL, mirror descent.
-Every expectation is a sum over all responses, and every gradient with respect to the logits of a tabular policy is compared
-with autograd of the exact quantity. float64, 1e-10 unless stated. Claims 33 to 35 are about the functions of rlhf.py, and end
-in the gradient of one real PPO step of a tiny GPT, against the exact gradient of J over all texts that it can write."""
+"""Reinforcement learning on the same objective: the policy gradient and its baselines, estimates of
+the KL, mirror descent.
+
+Every expectation is a sum over all responses. Every gradient with respect to the logits of a
+tabular policy is compared with autograd of the exact quantity. float64, 1e-10 unless stated. Claims
+33 to 35 are about the functions of ppo.py. The last test is one real PPO step of a tiny GPT,
+compared with the exact gradient of J over all texts that the GPT can write.
+"""
 import math
 
 import pytest
@@ -10,148 +14,213 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import dpo
+import ppo
 import rlhf
-import tabular
 import world
+from lab import tabular
 from model import GPT, GPTConfig
 from tools import assert_same, betas, numbers, vector, worlds
 
 
+def power_of_ten(exponent):
+    return 10 ** exponent
+
+
 def exact_gradient(f, logits):
-    """The gradient of f(log-probabilities) with respect to the logits, by autograd of the exact quantity."""
+    """The gradient of f(log-probabilities) with respect to the logits, by autograd."""
     theta = logits.clone().requires_grad_()
     return torch.autograd.grad(f(torch.log_softmax(theta, -1)), theta)[0]
 
 
 def score(logps):
-    """grad log pi(y) with respect to the logits, all y: row y is e_y - pi. (N, N)"""
+    """grad log pi(y) with respect to the logits, for all y: row y is e_y - pi. (N, N)"""
     return torch.eye(len(logps), dtype=torch.float64) - logps.exp()
 
 
 @given(worlds(policies=1), betas, st.floats(-30, 30))
 def test_the_policy_gradient_with_any_baseline(drawn, beta, baseline):
-    """Claim 31. grad J = E_pi[(r - beta log(pi/ref) - b) grad log pi] for any baseline b: the KL's own gradient needs no
-    term of its own, and b changes only the variance."""
+    """Claim 31. grad J = E_pi[(r - beta log(pi/ref) - b) grad log pi], for any baseline b.
+
+    The gradient of the KL needs no term of its own, and b changes only the variance.
+    """
     ref, reward, pi = drawn
-    advantage = reward - tabular.implicit_reward(pi, ref, beta) - baseline                            # (N,)
+    advantage = reward - tabular.implicit_reward(pi, ref, beta) - baseline  # (N,)
     estimate = (pi.exp() * advantage) @ score(pi)
-    want = exact_gradient(lambda logps: tabular.objective(logps, ref, reward, beta), pi)
-    assert_same(estimate, want, 1e-11 * max(1, advantage.abs().max().item()), {
-        "the KL penalty is missing from the reward": (pi.exp() * (reward - baseline)) @ score(pi)}, what="the policy gradient")
+
+    def objective(logps):
+        return tabular.objective(logps, ref, reward, beta)
+
+    tolerance = 1e-11 * max(1, advantage.abs().max().item())
+    assert_same(estimate, exact_gradient(objective, pi), tolerance, {
+        "the KL penalty is missing in the reward": (pi.exp() * (reward - baseline)) @ score(pi)},
+        what="the policy gradient")
 
 
 @given(worlds(policies=1))
 def test_kl_estimators_and_their_gradients(drawn):
-    """Claim 32. On samples of pi: E k1 = E k3 = KL(pi || ref), while E k2 is not; but as losses, E grad k1 = 0,
-    E grad k2 = grad KL(pi || ref) and E grad k3 = grad KL(ref || pi): a good estimate of a KL is not a good loss."""
+    """Claim 32. On samples of pi, E k1 = E k3 = KL(pi || ref), while E k2 is another number.
+
+    As losses they behave differently: E grad k1 = 0, E grad k2 = grad KL(pi || ref), and
+    E grad k3 = grad KL(ref || pi). So a good estimate of a KL is not always a good loss.
+    """
     ref, _, pi = drawn
     p = pi.exp()
     k1, k2, k3 = tabular.kl_estimators(pi, ref)
     kl = math.fsum(a * (b - c) for a, b, c in zip(p.tolist(), pi.tolist(), ref.tolist()))
-    scale = max(1.0, (ref - pi).exp().max().item())                 # k3 holds ref/pi, which may be e^20
     assert_same((p * k1).sum(), vector(kl)[0], 1e-10, what="E k1")
-    assert_same((p * k3).sum(), vector(kl)[0], 1e-10, {"the k1 in k3 has the wrong sign": (p * (k3 - 2 * k1)).sum()}, what="E k3")
-    assert (k3 >= -1e-12).all(), "k3 is never negative, for any sample"
+    assert_same((p * k3).sum(), vector(kl)[0], 1e-10, {
+        "the k1 in k3 has the wrong sign": (p * (k3 - 2 * k1)).sum()}, what="E k3")
+    assert (k3 >= -1e-12).all(), "k3 is never negative, whatever the sample"
 
-    def expected_gradient(k):                        # E_{y~pi}[grad k(y)], the sampling not differentiated
+    def expected_gradient(k):
+        """E_{y ~ pi}[grad k(y)]. The sampling itself is not differentiated."""
         return exact_gradient(lambda logps: (p * tabular.kl_estimators(logps, ref)[k]).sum(), pi)
-    zero = torch.zeros_like(pi)
-    assert_same(expected_gradient(0), zero, 1e-12, what="E grad k1")
-    assert_same(expected_gradient(1), exact_gradient(lambda logps: world.kl(logps, ref), pi), 1e-10, what="E grad k2")
-    assert_same(expected_gradient(2), exact_gradient(lambda logps: world.kl(ref, logps), pi), 1e-14 * scale + 1e-10, {
-        "this is grad KL(pi || ref)": exact_gradient(lambda logps: world.kl(logps, ref), pi)}, what="E grad k3")
+
+    to_ref = exact_gradient(lambda logps: world.kl(logps, ref), pi)
+    from_ref = exact_gradient(lambda logps: world.kl(ref, logps), pi)
+    largest_ratio = max(1.0, (ref - pi).exp().max().item())  # k3 contains ref/pi, up to e^20
+    assert_same(expected_gradient(0), torch.zeros_like(pi), 1e-12, what="E grad k1")
+    assert_same(expected_gradient(1), to_ref, 1e-10, what="E grad k2")
+    assert_same(expected_gradient(2), from_ref, 1e-14 * largest_ratio + 1e-10, {
+        "this is grad KL(pi || ref)": to_ref}, what="E grad k3")
 
 
 def test_k2_is_biased():
-    """Claim 32, the other half: for one policy E k2 is worked by hand and is not the KL. pi = (3/4, 1/4), ref = (1/2, 1/2)."""
+    """Claim 32, the other half. For one policy E k2 is computed by hand, and it is not the KL.
+
+    pi = (3/4, 1/4), ref = (1/2, 1/2).
+    """
     pi, ref = vector(3 / 4, 1 / 4).log(), vector(1 / 2, 1 / 2).log()
     a, b = math.log(3 / 2), math.log(1 / 2)
     _, k2, _ = tabular.kl_estimators(pi, ref)
-    assert_same((pi.exp() * k2).sum(), vector((3 * a * a + b * b) / 8)[0], 1e-12, {"the half is missing": vector((3 * a * a + b * b) / 4)[0]},
-         what="E k2")
-    assert abs((pi.exp() * k2).sum() - world.kl(pi, ref)) > 1e-3
+    mean = (pi.exp() * k2).sum()
+    assert_same(mean, vector((3 * a * a + b * b) / 8)[0], 1e-12, {
+        "the half is missing": vector((3 * a * a + b * b) / 4)[0]}, what="E k2")
+    assert abs(mean - world.kl(pi, ref)) > 1e-3, "here E k2 must not be the KL"
 
 
 @given(worlds(), betas, st.lists(st.floats(0.05, 1), min_size=1, max_size=6), st.floats(-5, 5))
 def test_mirror_descent_from_the_reference_lands_on_the_optimum(drawn, beta, steps, baseline):
-    """Claim 36 (MDPO, https://arxiv.org/abs/2005.09814). Each step multiplies the policy by exp(t A), A any advantage; from
-    ref, with steps that add up to 1/beta, it lands exactly on pi*, in however many steps: early stopping is a KL penalty."""
+    """Claim 36 (MDPO, https://arxiv.org/abs/2005.09814). A step multiplies the policy by exp(t A).
+
+    A is any advantage. From ref, with steps that add up to 1/beta, the policy lands exactly on pi*.
+    The number of steps does not matter. So stopping early is a KL penalty.
+    """
     ref, reward = drawn
     logps = ref
     for share in steps:
         logps = tabular.mirror_step(logps, reward - baseline, share / sum(steps) / beta)
-    assert_same(logps.exp(), world.optimal_policy(ref, reward, beta).exp(), 1e-9 * max(1, 1 / beta), what="the policy after the last step")
+    assert_same(logps.exp(), world.optimal_policy(ref, reward, beta).exp(),
+                1e-9 * max(1, 1 / beta), what="the policy after the last step")
 
 
-@given(worlds(policies=1), st.floats(-1, 1).map(lambda e: 10 ** e), st.floats(-2, 1).map(lambda e: 10 ** e))
+@given(worlds(policies=1), st.floats(-1, 1).map(power_of_ten), st.floats(-2, 1).map(power_of_ten))
 def test_a_mirror_step_maximises_what_it_says(drawn, beta, t):
-    """The step is the maximiser of E[A] - beta KL(pi || ref) - KL(pi || current)/t: at it the gradient of that is zero
-    (1e-9), and random policies do worse."""
+    """The step is the maximiser of E[A] - beta KL(pi || ref) - KL(pi || current)/t.
+
+    At it the gradient of this value is zero (1e-9), and random policies have a lower value.
+    """
     ref, reward, pi = drawn
-    value = lambda logps: tabular.objective(logps, ref, reward, beta) - world.kl(logps, pi) / t
+
+    def value(logps):
+        return tabular.objective(logps, ref, reward, beta) - world.kl(logps, pi) / t
+
     after = tabular.mirror_step(pi, reward, t, ref, beta)
-    assert exact_gradient(value, after).abs().max() < 1e-9 * max(1, 1 / t, beta)
-    assert value(pi) <= value(after) + 1e-9 * max(1, 1 / t, beta) and value(ref) <= value(after) + 1e-9 * max(1, 1 / t, beta)
+    tolerance = 1e-9 * max(1, 1 / t, beta)
+    assert exact_gradient(value, after).abs().max() < tolerance
+    assert value(pi) <= value(after) + tolerance
+    assert value(ref) <= value(after) + tolerance
 
 
-@given(worlds(policies=1), betas, st.floats(-3, 2).map(lambda e: 10 ** e))
+@given(worlds(policies=1), betas, st.floats(-3, 2).map(power_of_ten))
 def test_mirror_descent_with_a_kl_contracts(drawn, beta, t):
-    """Claim 37. With -beta KL(pi || ref) in the step, the centred log-ratio to pi* shrinks by exactly 1/(1 + beta t) a step,
-    from any policy."""
+    """Claim 37. The step contains -beta KL(pi || ref). Then the centred log-ratio to pi* shrinks by
+    exactly 1/(1 + beta t) in each step, from any policy."""
     ref, reward, pi = drawn
     star = world.optimal_policy(ref, reward, beta)
-    centred = lambda logps: (logps - star) - (logps - star).mean()
-    assert_same(centred(tabular.mirror_step(pi, reward, t, ref, beta)), centred(pi) / (1 + beta * t), 1e-9 * max(1, 1 / beta), {
-        "no contraction: the pull to the reference is missing": centred(pi)}, what="the distance to pi*")
+
+    def centred(logps):
+        return (logps - star) - (logps - star).mean()
+
+    after = tabular.mirror_step(pi, reward, t, ref, beta)
+    assert_same(centred(after), centred(pi) / (1 + beta * t), 1e-9 * max(1, 1 / beta), {
+        "no contraction: the step lacks the KL to the reference": centred(pi)},
+        what="the distance to pi*")
 
 
-@given(worlds(policies=1), st.floats(-2, 1).map(lambda e: 10 ** e))
+@given(worlds(policies=1), st.floats(-2, 1).map(power_of_ten))
 def test_the_first_mirror_step_is_the_policy_gradient(drawn, t):
-    """Claim 38. At pi = pi_k the KL between them has no gradient, so the first gradient step on MDPO's objective
-    E_{pi_k}[pi/pi_k A] - KL(pi || pi_k)/t is the policy gradient, whatever t."""
+    """Claim 38. At pi = pi_k the KL between the two has no gradient.
+
+    So the first gradient step on MDPO's objective E_{pi_k}[pi/pi_k A] - KL(pi || pi_k)/t is the
+    policy gradient, for every t.
+    """
     ref, reward, pi = drawn
-    surrogate = lambda logps: (logps - pi).exp().mul(pi.exp() * reward).sum() - world.kl(logps, pi) / t
-    assert_same(exact_gradient(surrogate, pi), (pi.exp() * reward) @ score(pi), 1e-10 * max(1, 1 / t), what="the first step")
-    assert exact_gradient(lambda logps: world.kl(logps, pi), pi).abs().max() < 1e-12
+
+    def kl_to_current(logps):
+        return world.kl(logps, pi)
+
+    def surrogate(logps):
+        gain = ((logps - pi).exp() * (pi.exp() * reward)).sum()
+        return gain - kl_to_current(logps) / t
+
+    assert_same(exact_gradient(surrogate, pi), (pi.exp() * reward) @ score(pi),
+                1e-10 * max(1, 1 / t), what="the first step")
+    assert exact_gradient(kl_to_current, pi).abs().max() < 1e-12
     moved = torch.log_softmax(pi + torch.linspace(0, 1, len(pi), dtype=torch.float64), -1)
     assume((moved - pi).abs().max() > 1e-3)
-    assert exact_gradient(lambda logps: world.kl(logps, pi), moved).abs().max() > 0, "a step later the KL pulls back"
+    assert exact_gradient(kl_to_current, moved).abs().max() > 0, (
+        "after the first step the KL must have a gradient")
 
 
-# ---- PPO, GAE and REINFORCE++: the functions of rlhf.py
+# ---- PPO, GAE and REINFORCE++: the functions of ppo.py
 
 @given(numbers(6, 5), numbers(6, 3), st.sampled_from([0.1, 0.2, 0.5]))
 def test_ppos_gradient_at_ratio_1_is_the_policy_gradient(drawn, advantage, clip):
-    """Claim 33, first half. At pi = pi_old the clipped loss of every token has the gradient -A grad log pi, clip or no clip."""
-    old = drawn.view(2, 3)
-    logps, advantage, mask = old.clone().requires_grad_(), advantage.view(2, 3), torch.ones(2, 3).bool()
+    """Claim 33, first half. At pi = pi_old the loss of every token has the gradient
+    -A grad log pi, with and without the clip."""
+    old, advantage = drawn.view(2, 3), advantage.view(2, 3)
+    logps, mask = old.clone().requires_grad_(), torch.ones(2, 3).bool()
     for limit in (clip, None):
-        gradient = torch.autograd.grad(rlhf.ppo_loss(logps, old, advantage, mask, limit), logps)[0]
+        loss = ppo.ppo_loss(logps, old, advantage, mask, limit)
+        gradient = torch.autograd.grad(loss, logps)[0]
         assert_same(gradient, -advantage / 2, 1e-12, {
-            "the sign is flipped: the loss is minus the gain": advantage / 2, "a sum over responses; wanted their mean": -advantage,
-            "a mean over tokens; J is a sum over a response's tokens": -advantage / 6}, what="the gradient at ratio 1")
+            "the sign is flipped. The loss is minus the gain": advantage / 2,
+            "this is a sum over responses; wanted their mean": -advantage,
+            "this is a mean over tokens. J is a sum over the tokens of a response": -advantage / 6,
+        }, what="the gradient at ratio 1")
 
 
-@given(st.floats(-5, 5).filter(lambda a: abs(a) > 1e-3), st.floats(-1.5, 1.5), st.sampled_from([0.1, 0.2, 0.5]))
+@given(st.floats(-5, 5).filter(lambda a: abs(a) > 1e-3), st.floats(-1.5, 1.5),
+       st.sampled_from([0.1, 0.2, 0.5]))
 def test_ppos_gradient_is_zero_where_the_policy_has_gone_far_enough(advantage, log_ratio, clip):
-    """Claim 33, second half. For A > 0 the gradient is 0 beyond rho = 1 + clip, for A < 0 below 1 - clip, and -rho A everywhere
-    else: also where the policy went far the wrong way, so that it can come back."""
+    """Claim 33, second half. For A > 0 the gradient is 0 beyond rho = 1 + clip. For A < 0 it is 0
+    below rho = 1 - clip.
+
+    Everywhere else it is -rho A. This includes policies that went far in the wrong direction, so
+    that they can come back.
+    """
     ratio = math.exp(log_ratio)
-    assume(min(abs(ratio - 1 - clip), abs(ratio - 1 + clip)) > 1e-6)           # at the kink there is no gradient
-    logps = vector(log_ratio).view(1, 1).requires_grad_()
-    loss = rlhf.ppo_loss(logps, torch.zeros(1, 1).double(), vector(advantage).view(1, 1), torch.ones(1, 1).bool(), clip)
+    assume(min(abs(ratio - 1 - clip), abs(ratio - 1 + clip)) > 1e-6)  # no gradient at the kink
+    logps, zero = vector(log_ratio).view(1, 1).requires_grad_(), torch.zeros(1, 1).double()
+    mask = torch.ones(1, 1).bool()
+    loss = ppo.ppo_loss(logps, zero, vector(advantage).view(1, 1), mask, clip)
+    gradient = torch.autograd.grad(loss, logps)[0] if loss.requires_grad else zero
     far_enough = ratio > 1 + clip if advantage > 0 else ratio < 1 - clip
-    gradient = torch.autograd.grad(loss, logps)[0] if loss.requires_grad else torch.zeros(1, 1).double()
-    assert_same(gradient, vector(0.0 if far_enough else -ratio * advantage).view(1, 1), 1e-12, {
-        "nothing is clipped": vector(-ratio * advantage).view(1, 1),
-        "clipped on both sides: PPO takes the minimum of the clipped and the unclipped gain, so that a step too far the wrong way "
-        "still has a gradient": torch.zeros(1, 1).double()}, what=f"the gradient at ratio {ratio:.3f}, A = {advantage:.3f}")
+    unclipped = vector(-ratio * advantage).view(1, 1)
+    assert_same(gradient, zero if far_enough else unclipped, 1e-12, {
+        "nothing is clipped": unclipped,
+        "it is clipped on both sides. PPO takes the minimum of the clipped and the unclipped gain, "
+        "so that a policy that went too far in the wrong direction still has a gradient": zero,
+    }, what=f"the gradient at ratio {ratio:.3f}, A = {advantage:.3f}")
 
 
 @st.composite
 def trajectories(draw):
-    """(rewards, values, mask), each (3,5): prompts and responses of different lengths; outside the mask stands rubbish."""
-    start, length = draw(st.lists(st.integers(0, 2), min_size=3, max_size=3)), draw(st.lists(st.integers(1, 3), min_size=3, max_size=3))
+    """(rewards, values, mask), each (3,5). Prompts and responses have different lengths. Outside
+    the mask stand arbitrary numbers."""
+    start = draw(st.lists(st.integers(0, 2), min_size=3, max_size=3))
+    length = draw(st.lists(st.integers(1, 3), min_size=3, max_size=3))
     position = torch.arange(5)
     mask = torch.stack([(position >= s) & (position < s + n) for s, n in zip(start, length)])
     return draw(numbers(15, 5)).view(3, 5), draw(numbers(15, 5)).view(3, 5), mask
@@ -159,50 +228,70 @@ def trajectories(draw):
 
 @given(trajectories(), st.floats(0.5, 1))
 def test_gae_between_the_td_error_and_the_return(drawn, gamma):
-    """Claim 34. lambda = 0: r + gamma V' - V, V' = 0 after the last token. lambda = gamma = 1: the sum of what is to come, minus
-    V. In between: the exponentially weighted sum of TD errors (1506.02438, Eq. 16), here added up term by term."""
+    """Claim 34. With lambda = 0, GAE is r + gamma V' - V, where V' = 0 after the last token.
+
+    With lambda = gamma = 1 it is the sum of all rewards to come, minus V. In between it is the
+    exponentially weighted sum of TD errors (1506.02438, Eq. 16), which is added up here term by
+    term.
+    """
     rewards, values, mask = drawn
-    td, weighted = torch.zeros(3, 5).double(), torch.zeros(3, 5).double()
-    to_go = torch.zeros(3, 5).double()
+    td = torch.zeros(3, 5).double()  # (B, S), as the two below
+    weighted, to_go = torch.zeros_like(td), torch.zeros_like(td)
     for b in range(3):
         inside = mask[b].nonzero().flatten().tolist()
         for i, t in enumerate(inside):
-            td[b, t] = rewards[b, t] + (gamma * values[b, inside[i + 1]] if i + 1 < len(inside) else 0.0) - values[b, t]
+            next_value = values[b, inside[i + 1]] if i + 1 < len(inside) else 0.0
+            td[b, t] = rewards[b, t] + gamma * next_value - values[b, t]
             to_go[b, t] = math.fsum(rewards[b, u].item() for u in inside[i:]) - values[b, t]
         for i, t in enumerate(inside):
             weighted[b, t] = sum((gamma * 0.7) ** k * td[b, u] for k, u in enumerate(inside[i:]))
-    assert_same(rlhf.gae(rewards, values, mask, gamma, 0.0), td, 1e-12, what="GAE at lambda = 0")
-    assert_same(rlhf.gae(rewards, values, mask, gamma, 0.7), weighted, 1e-12, what="GAE at lambda = 0.7")
-    assert_same(rlhf.gae(rewards, values, mask, 1.0, 1.0), to_go, 1e-12, {
-        "the value is not subtracted": torch.where(mask, to_go + values, 0.0)}, what="GAE at lambda = gamma = 1")
+    assert_same(ppo.gae(rewards, values, mask, gamma, 0.0), td, 1e-12, what="GAE at lambda = 0")
+    assert_same(ppo.gae(rewards, values, mask, gamma, 0.7), weighted, 1e-12,
+                what="GAE at lambda = 0.7")
+    assert_same(ppo.gae(rewards, values, mask, 1.0, 1.0), to_go, 1e-12, {
+        "the value is not subtracted": torch.where(mask, to_go + values, 0.0)},
+        what="GAE at lambda = gamma = 1")
 
 
 @given(trajectories(), numbers(15, 3), numbers(3, 5), betas)
 def test_reward_to_go_is_reinforce_plus_plus_advantage(drawn, other, scores, beta):
-    """Claim 35. With gamma = 1, what is still to come of {-beta log(pi/ref) per token, the score at EOS} is REINFORCE++'s
-    token advantage before normalisation, r - beta sum_{u >= t} log(pi_u/ref_u) (2501.03262); from the first token on it is
-    r - beta log(pi/ref) of the whole response, whose expectation is J. And it is GAE with V = 0 and lambda = 1."""
+    """Claim 35. The rewards are -beta log(pi/ref) at each token, and the score at EOS. gamma = 1.
+
+    What is still to come of them is REINFORCE++'s advantage of a token before it is normalised,
+    r - beta sum_{u >= t} log(pi_u/ref_u) (2501.03262). From the first token on it is
+    r - beta log(pi/ref) of the whole response, whose expectation is J. It also is GAE with V = 0
+    and lambda = 1.
+    """
     logps, ref_logps, mask = drawn[0], other.view(3, 5), drawn[2]
-    rewards = rlhf.token_rewards(scores, logps, ref_logps, mask, beta)
+    rewards = ppo.token_rewards(scores, logps, ref_logps, mask, beta)
     k1, want = torch.where(mask, logps - ref_logps, 0.0), torch.zeros(3, 5).double()
     for b in range(3):
         for t in mask[b].nonzero().flatten().tolist():
             want[b, t] = scores[b] - beta * math.fsum(k1[b, t:].tolist())
-    got = rlhf.reward_to_go(rewards, mask)
-    scale = 1e-12 * max(1, beta)
-    assert_same(got, want, scale, {
-        "beta is missing": torch.where(mask, scores[:, None] - k1.flip(1).cumsum(1).flip(1), 0.0),
-        "the KL is added; it is a penalty": torch.where(mask, 2 * scores[:, None] - want, 0.0)}, what="the advantage")
-    assert_same(got, rlhf.gae(rewards, torch.zeros(3, 5).double(), mask, 1.0, 1.0), scale, what="GAE without a critic")
+    got = ppo.reward_to_go(rewards, mask)
+    tolerance = 1e-12 * max(1, beta)
+    k1_to_go = k1.flip(1).cumsum(1).flip(1)
+    assert_same(got, want, tolerance, {
+        "beta is missing": torch.where(mask, scores[:, None] - k1_to_go, 0.0),
+        "the KL is added, but it is a penalty":
+            torch.where(mask, 2 * scores[:, None] - want, 0.0),
+    }, what="the advantage")
+    zero = torch.zeros(3, 5).double()
+    assert_same(got, ppo.gae(rewards, zero, mask, 1.0, 1.0), tolerance,
+                what="reward to go, compared with GAE without a critic,")
     first = torch.stack([got[b, mask[b].nonzero()[0, 0]] for b in range(3)])
-    assert_same(first, scores - beta * k1.sum(-1), scale, what="the whole response's")
+    assert_same(first, scores - beta * k1.sum(-1), tolerance,
+                what="the advantage of the whole response")
 
 
 def all_texts(vocab, longest):
-    """Every response of a vocabulary whose token 0 is EOS: those that end in it, and those cut off at the longest length."""
+    """Every response over a vocabulary whose token 0 is EOS: those that end in EOS, and those that
+    are cut off at the longest length."""
     texts, growing = [], [[]]
     for n in range(longest):
-        grown = [t + [v] for t in growing for v in range(vocab)]
+        grown = []
+        for text in growing:
+            grown += [text + [token] for token in range(vocab)]
         texts += [t for t in grown if t[-1] == 0]
         growing = [t for t in grown if t[-1] != 0]
     return texts + growing
@@ -210,53 +299,75 @@ def all_texts(vocab, longest):
 
 @pytest.fixture
 def small_language():
-    """A tiny policy and reference over 4 tokens, all 85 texts of at most 4 tokens after one prompt, and a score for each."""
+    """A tiny policy and a reference over 4 tokens, all 85 texts of at most 4 tokens after one
+    prompt of 2 tokens, and a score for each."""
     torch.manual_seed(5)
-    policy, reference = (GPT(GPTConfig(block_size=6, vocab_size=4, n_layer=1, n_head=2, n_embd=8)).double() for _ in "pr")
+    config = GPTConfig(block_size=6, vocab_size=4, n_layer=1, n_head=2, n_embd=8)
+    policy = GPT(config).double()
+    reference = GPT(config).double()
     texts = all_texts(4, 4)
-    rows = torch.tensor([[1, 2] + t + [0] * (4 - len(t)) for t in texts])                             # (N, T)
-    mask = torch.tensor([[True] * len(t) + [False] * (5 - len(t)) for t in texts])                    # (N, S)
-    mask = torch.cat([torch.zeros(len(texts), 1).bool(), mask], 1)[:, :5]                             # the prompt's second token
+    rows = torch.tensor([[1, 2] + t + [0] * (4 - len(t)) for t in texts])  # (N, T)
+    lengths = torch.tensor([len(t) for t in texts])[:, None]
+    predicts = torch.arange(5)  # entry 0 predicts the second token of the prompt
+    mask = (predicts >= 1) & (predicts < 1 + lengths)  # (N, S)
     return policy, reference, rows, mask, torch.randn(len(texts), dtype=torch.float64)
 
 
 def flat_gradient(value, policy):
-    return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(policy.parameters()))])
+    gradient = torch.autograd.grad(value, list(policy.parameters()))
+    return torch.cat([g.flatten() for g in gradient])
 
 
-@pytest.mark.parametrize("critic", [False, True], ids=["reward to go", "gae, lambda = 1, any critic"])
+def whole_logps(token_logps, mask):
+    """The log-probabilities of whole responses. (N, S) -> (N,)"""
+    return torch.where(mask, token_logps, 0.0).sum(-1)
+
+
+@pytest.mark.parametrize("critic", [False, True],
+                         ids=["reward to go", "gae, lambda = 1, any critic"])
 def test_one_ppo_step_is_the_exact_gradient_of_j(small_language, critic):
-    """Claim 33, the whole step, with 31 and 35 in it. The gradient of the PPO loss of every text a tiny GPT can write, at ratio 1, weighted with
-    the text's probability, is minus the gradient of the exact J = sum_y pi (r - beta log(pi/ref)), 1e-9. With a critic that is
-    wrong everywhere too: lambda = 1 makes it a mere baseline. And 20,000 sampled texts give it within 3 standard errors (of
-    the gradient's projections on 8 random directions, fixed before)."""
+    """Claim 33, the whole step, which uses claims 31 and 35. The PPO loss at ratio 1 has a gradient
+    for every text that a tiny GPT can write.
+
+    Weighted with the probabilities of the texts, these gradients sum to minus the gradient of the
+    exact J = sum_y pi (r - beta log(pi/ref)), to 1e-9. This is also true with a critic that is
+    wrong everywhere: at lambda = 1 a critic is only a baseline. And 20,000 sampled texts give the
+    gradient within 3 standard errors, for its projections on 8 random directions, fixed before.
+    """
     policy, reference, rows, mask, scores = small_language
     beta = 0.3
-    logps = dpo.token_logps(policy(rows), rows)                                                       # (N, S)
-    ref_logps = dpo.token_logps(reference(rows), rows).detach()
-    whole, ref_whole = (torch.where(mask, t, 0.0).sum(-1) for t in (logps, ref_logps))                # (N,)
+    logps = dpo.token_logps(policy(rows), rows)  # (N, S)
+    ref_logps = dpo.token_logps(reference(rows), rows).detach()  # (N, S)
+    whole, ref_whole = whole_logps(logps, mask), whole_logps(ref_logps, mask)  # (N,), (N,)
     assert_same(whole.exp().sum(), vector(1.0)[0], 1e-12, what="the probability of all texts")
-    exact = flat_gradient((whole.exp() * (scores - beta * (whole - ref_whole))).sum(), policy)
+    j = (whole.exp() * (scores - beta * (whole - ref_whole))).sum()
+    exact = flat_gradient(j, policy)
 
     with torch.no_grad():
-        rewards = rlhf.token_rewards(scores, logps, ref_logps, mask, beta)
+        rewards = ppo.token_rewards(scores, logps, ref_logps, mask, beta)
         values = rlhf.ScalarModel(policy).double()
         torch.nn.init.normal_(values.scalar.weight)
-        advantages = rlhf.gae(rewards, values(rows)[:, :-1], mask, 1.0, 1.0) if critic else rlhf.reward_to_go(rewards, mask)
-    rows_of = []                                     # the gradient of the PPO loss of each text alone
+        if critic:
+            advantages = ppo.gae(rewards, values(rows)[:, :-1], mask, 1.0, 1.0)
+        else:
+            advantages = ppo.reward_to_go(rewards, mask)
+    each = []  # minus the gradient of the PPO loss of each text alone
     for i in range(len(rows)):
-        lp = dpo.token_logps(policy(rows[i:i + 1]), rows[i:i + 1])
-        rows_of.append(-flat_gradient(rlhf.ppo_loss(lp, lp.detach(), advantages[i:i + 1], mask[i:i + 1]), policy))
-    each, p = torch.stack(rows_of), whole.exp().detach()                                              # (N, P), (N,)
-    assert_same(p @ each, exact, 1e-9, {"the KL penalty is missing": flat_gradient((dpo_whole(policy, rows, mask).exp() * scores).sum(), policy),
-                                        "the sign is flipped": -exact}, what="the expected PPO gradient")
+        one = slice(i, i + 1)
+        logp = dpo.token_logps(policy(rows[one]), rows[one])
+        loss = ppo.ppo_loss(logp, logp.detach(), advantages[one], mask[one])
+        each.append(-flat_gradient(loss, policy))
+    each, p = torch.stack(each), whole.exp().detach()  # (N, P), (N,)
+    again = whole_logps(dpo.token_logps(policy(rows), rows), mask)
+    assert_same(p @ each, exact, 1e-9, {
+        "the KL penalty is missing": flat_gradient((again.exp() * scores).sum(), policy),
+        "the sign is flipped": -exact}, what="the expected PPO gradient")
 
-    drawn = torch.multinomial(p, 20_000, replacement=True, generator=torch.Generator().manual_seed(1))
-    directions = torch.nn.functional.normalize(torch.randn(each.size(1), 8, dtype=torch.float64), dim=0)
-    sampled = each[drawn] @ directions                                                                # (20000, 8)
-    error = (sampled.mean(0) - exact @ directions) / (sampled.std(0) / math.sqrt(len(drawn)))
-    assert error.abs().max() < 3, f"standard errors off: {error.tolist()}"
-
-
-def dpo_whole(policy, rows, mask):
-    return torch.where(mask, dpo.token_logps(policy(rows), rows), 0.0).sum(-1)
+    g = torch.Generator().manual_seed(1)
+    drawn = torch.multinomial(p, 20_000, replacement=True, generator=g)
+    directions = torch.randn(each.size(1), 8, dtype=torch.float64)
+    directions = torch.nn.functional.normalize(directions, dim=0)
+    sampled = each[drawn] @ directions  # (20000, 8)
+    standard_error = sampled.std(0) / math.sqrt(len(drawn))
+    error = (sampled.mean(0) - exact @ directions) / standard_error
+    assert error.abs().max() < 3, f"the errors, in standard errors, are {error.tolist()}"

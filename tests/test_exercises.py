@@ -1,22 +1,34 @@
-"""exercises/: every bug is seen by the proof named for it, the graded proofs accept another implementation and name the mistakes
-of wrong ones, and the stubs are dpo.py's."""
+"""exercises/: changes of the code are found by syntax. Every bug is seen by the proof named for it.
+The graded proofs accept another implementation and name the mistakes of wrong ones. The stubs are
+the project's signatures and docstrings."""
 import ast
 import inspect
+import io
+import math
 import re
 import subprocess
 import sys
+import tokenize
 import tomllib
 
 import pytest
 import torch
 
 import dpo
+import losses
+import model
 from conftest import ROOT
-from exercises import find_the_bug, grading
+from exercises import changes, find_the_bug, grading
+
+
+def read(path):
+    return (ROOT / path).read_text(encoding="utf-8")
+
 
 BUGS = find_the_bug.bugs()
-ALTERATIONS = tomllib.loads((ROOT / "tests" / "alterations.toml").read_text(encoding="utf-8"))["alteration"]
-ANOTHER = ROOT / "tests" / "another_dpo.py"
+ALTERATIONS = tomllib.loads(read("tests/alterations.toml"))["alteration"]
+CHANGED_FILES = sorted({change["file"] for change in BUGS + ALTERATIONS})
+ANOTHER = "tests/another_dpo.py"
 
 
 class Outcomes:
@@ -31,31 +43,184 @@ class Outcomes:
             self.reports.append(report)
 
 
-def run_proof(proof):
-    """The outcomes of one test, its parameters until the first failure, run here and now, with whatever is in effect."""
-    outcomes = Outcomes()
+def run_pytest(*args, plugin):
+    """A pytest run within this one. It prints nothing and leaves no files."""
     with find_the_bug.quietly():
-        pytest.main([f"{ROOT / 'tests' / proof}", f"--rootdir={ROOT}", "-x", "-q", "-p", "no:cacheprovider", "-W", "ignore"], plugins=[outcomes])
+        pytest.main([f"--rootdir={ROOT}", "-q", "-p", "no:cacheprovider", "-W", "ignore",
+                     *map(str, args)], plugins=[plugin])
+
+
+def run_proof(proof):
+    """The outcomes of one test, run here and now, with whatever bug is in effect.
+
+    A test with parameters is run until its first failure.
+    """
+    outcomes = Outcomes()
+    run_pytest(ROOT / "tests" / proof, "-x", plugin=outcomes)
     torch.manual_seed(0)
     return [r.outcome for r in outcomes.reports]
+
+
+# ---- Changes of the code
+
+def tree(source):
+    return ast.dump(ast.parse(source))
+
+
+def without_format(source):
+    """The source as Python writes its syntax tree: no comments, and every statement in one line."""
+    return ast.unparse(ast.parse(source))
+
+
+def spread_out(source):
+    """The source with a line break and a comment after every comma that stands in brackets."""
+    lines, depth, commas = source.splitlines(keepends=True), 0, []
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.OP:
+            depth += (token.string in "([{") - (token.string in ")]}")
+            if token.string == "," and depth:
+                commas.append(token.end)
+    for row, column in reversed(commas):
+        line = lines[row - 1]
+        lines[row - 1] = f"{line[:column]}  # β\n{line[column:]}"
+    return "".join(lines)
+
+
+@pytest.mark.parametrize("file", CHANGED_FILES)
+def test_changes_do_not_depend_on_how_the_code_is_formatted(file):
+    """Every bug and every alteration is found in the reformatted file too, and does the same."""
+    source = read(file)
+    layouts = [without_format(source), spread_out(source)]
+    for layout in layouts:
+        assert layout != source and tree(layout) == tree(source)
+    for change in BUGS + ALTERATIONS:
+        if change["file"] == file:
+            wanted = tree(changes.changed_source(change))
+            for layout in layouts:
+                assert tree(changes.changed_source(change, layout)) == wanted
+
+
+SAMPLE = """
+import functools
+
+
+@functools.lru_cache(maxsize=None)
+def cached(n):
+    return [i for i in range(n)] + [i for i in range(n)]
+
+
+class Stepper:
+    def step(self, x, *, scale=2):
+        # This comment stays.
+        name = 'β'; y = x * scale  # y belongs to x
+        if y:
+            y = y - 1 - x
+            print('a', y)  # said once
+        return y * (x - 1)
+
+
+def steps(n):
+    for i in range(n):
+        yield i
+"""
+
+
+def sample_changed(function, old, new):
+    change = {"file": "sample.py", "function": function, "old": old, "new": new}
+    return changes.changed_source(change, SAMPLE)
+
+
+@pytest.mark.parametrize("old, new, line, becomes", [
+    ("x * scale", "x + scale",  # behind a letter of two bytes
+     "name = 'β'; y = x * scale  # y belongs to x",
+     "name = 'β'; y = x + scale  # y belongs to x"),
+    ("print", "(lambda *a: None)",  # the function of a call
+     "print('a', y)  # said once",
+     "(lambda *a: None)('a', y)  # said once"),
+    ('"a"', '"b"', "print('a', y)", "print(\"b\", y)"),
+    ("y - 1", "y", "y = y - 1 - x", "y = y - x"),
+    ("y - 1", "y if x else 1", "y = y - 1 - x", "y = (y if x else 1) - x"),
+    ("y * (x - 1)", "y\n- x", "return y * (x - 1)", "return (y\n               - x)"),
+    ("2", "3", "scale=2", "scale=3"),  # a default value
+    ('print("a", (y))', "print(y)",  # a statement goes with its comment
+     "print('a', y)  # said once", "print(y)"),
+    ('print("a", y)', "", "print('a', y)  # said once", "pass"),
+    ('y = y - 1 - x\nprint("a", y)', "if x:\n    y = 1",
+     "y = y - 1 - x\n            print('a', y)  # said once",
+     "if x:\n                y = 1"),
+])
+def test_a_change_touches_nothing_but_its_own_code(old, new, line, becomes):
+    """One expression or several statements, with the parentheses and the indentation they need."""
+    assert SAMPLE.count(line) == 1
+    assert sample_changed("Stepper.step", old, new) == SAMPLE.replace(line, becomes)
+
+
+@pytest.mark.parametrize("function, old, new, message", [
+    ("cached", "range(n)", "n",
+     "sample.py, function cached: wanted once, found 2 times:\nrange(n)"),
+    ("steps", "range(m)", "n",
+     "sample.py, function steps: wanted once, found 0 times:\nrange(m)"),
+    ("Stepper.step", "1 - x", "x", "found 0 times"),  # y - 1 - x is (y - 1) - x
+    ("cached", "functools.lru_cache(maxsize=None)", "print", "found 0 times"),
+    ("step", "y", "x", "sample.py, function step: there is no such function"),
+    ("Stepper.step.y", "y", "x", "there is no such function"),
+    ("Stepper.step", "y = x * scale", "if x:\n    y = 1", "cannot take the place of the old code"),
+])
+def test_a_change_that_does_not_fit_is_refused(function, old, new, message):
+    """Code that is there twice or never, a decorator, a function that does not exist, and a
+    statement in a place where it cannot stand."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sample_changed(function, old, new)
+
+
+def test_a_change_in_effect_changes_defaults_generators_and_cached_results(tmp_path, monkeypatch):
+    """And afterwards everything is as before."""
+    (tmp_path / "sample.py").write_text(SAMPLE, encoding="utf-8")
+    monkeypatch.setattr(changes, "ROOT", tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    import sample
+
+    def results():
+        return sample.Stepper().step(3), list(sample.steps(3)), sample.cached(2)
+
+    before = results()
+    assert before == (4, [0, 1, 2], [0, 1, 0, 1])
+    for function, old, new, after in [
+            ("Stepper.step", "2", "3", (10, *before[1:])),
+            ("steps", "yield i", "yield -i", (before[0], [0, -1, -2], before[2])),
+            ("cached", "return [i for i in range(n)] + [i for i in range(n)]", "return n",
+             (*before[:2], 2))]:
+        change = {"file": "sample.py", "function": function, "old": old, "new": new}
+        with changes.in_effect(change):
+            assert results() == after
+        assert results() == before
+
+
+def test_a_changed_file_is_imported_as_the_project_does_it():
+    assert changes.module_name("dpo.py") == "dpo"
+    assert changes.module_name("lab/tabular.py") == "lab.tabular"
+    assert changes.module_name("tests/test_1_optimum.py") == "test_1_optimum"
 
 
 # ---- Find the bug
 
 def test_there_are_thirty_bugs_or_more_and_all_are_different():
     assert len(BUGS) >= 30
-    assert len({(b["file"], b["old"], b["new"]) for b in BUGS}) == len(BUGS)
+    assert len({(b["file"], b["function"], b["old"], b["new"]) for b in BUGS}) == len(BUGS)
     for b in BUGS:
-        assert b.keys() >= {"file", "old", "new", "proof", "pitfall", "why", "hint"} and ("show" in b) != ("train" in b)
+        assert b.keys() >= {"file", "function", "old", "new", "proof", "pitfall", "why", "hint"}
+        assert ("show" in b) != ("train" in b)
 
 
 @pytest.mark.parametrize("number", range(1, len(BUGS) + 1))
 def test_every_bug_is_seen_by_the_proof_named_for_it(number):
-    """With the bug in effect the named proof fails. (That it holds without is the rest of this suite's affair.)"""
-    with find_the_bug.in_effect(BUGS[number - 1]):
-        outcomes = run_proof(BUGS[number - 1]["proof"])
-    assert outcomes, f"{BUGS[number - 1]['proof']} was not run: is it the name of a test?"
-    assert "failed" in outcomes, f"{BUGS[number - 1]['proof']} does not see bug {number}: {BUGS[number - 1]['pitfall']}"
+    """With the bug in effect the named proof fails. Without it the proof holds: the rest of this
+    suite shows that."""
+    this = BUGS[number - 1]
+    with changes.in_effect(this):
+        outcomes = run_proof(this["proof"])
+    assert outcomes, f"{this['proof']} was not run: is it the name of a test?"
+    assert "failed" in outcomes, f"{this['proof']} does not see bug {number}: {this['pitfall']}"
 
 
 # ---- Every claim's test can fail
@@ -64,13 +229,19 @@ def test_every_claim_has_an_alteration():
     assert {a["claim"] for a in ALTERATIONS} == set(range(1, 47))
 
 
-@pytest.mark.parametrize("alteration", ALTERATIONS, ids=lambda a: f"claim{a['claim']}-{a['file'].removesuffix('.py')}")
+def name_of(alteration):
+    return f"claim{alteration['claim']}-{alteration['file'].removesuffix('.py')}"
+
+
+@pytest.mark.parametrize("alteration", ALTERATIONS, ids=name_of)
 def test_a_claim_with_its_formula_altered_is_refuted(alteration):
-    """The claim as it is not: another sign, a lost beta, a wrong factor, in the test's own formula or in the function it is about."""
-    with find_the_bug.in_effect(alteration):
+    """Each claim has something altered: a sign, a lost beta, a factor. The alteration is in the
+    test's own formula or in the function that the claim is about."""
+    with changes.in_effect(alteration):
         outcomes = run_proof(alteration["proof"])
     assert outcomes, f"{alteration['proof']} was not run: is it the name of a test?"
-    assert "failed" in outcomes, f"{alteration['proof']} still holds with {alteration['new']!r} for {alteration['old']!r}"
+    assert "failed" in outcomes, (
+        f"{alteration['proof']} still holds with {alteration['new']!r} for {alteration['old']!r}")
 
 
 # ---- Grading somebody's implementation
@@ -78,80 +249,168 @@ def test_a_claim_with_its_formula_altered_is_refuted(alteration):
 def grade_file(path, only=grading.FUNCTIONS, *options):
     """A Grader that has run the proofs of the functions of a file."""
     grader = grading.Grader(grading.load(path), str(path), only)
-    with find_the_bug.quietly():
-        pytest.main([str(ROOT / "tests"), f"--rootdir={ROOT}", "-q", *options, "-p", "no:cacheprovider", "-W", "ignore"], plugins=[grader])
+    run_pytest(*grading.PROOFS, *options, plugin=grader)
     return grader
 
 
-def test_the_stubs_are_dpo_pys_signatures_and_docstrings():
-    """Also when a student has filled them in: what is promised must not drift from what is graded."""
-    wanted = {n.name: n for n in ast.parse((ROOT / "dpo.py").read_text(encoding="utf-8")).body if isinstance(n, ast.FunctionDef)}
-    for name, function in grading.load(ROOT / "exercises" / "dpo.py").items():
-        assert ast.unparse(wanted[name].args) == str(inspect.signature(function))[1:-1].replace("'", "'"), name
-        assert ast.get_docstring(wanted[name]) == inspect.getdoc(function), f"write the stubs anew: python -m exercises.grading, {name}"
-    assert set(grading.FUNCTIONS) == wanted.keys() - {"main"}
+def defined_in(file):
+    """{name: node} of the functions that stand at the top level of a file."""
+    return {n.name: n for n in ast.parse(read(file)).body if isinstance(n, ast.FunctionDef)}
 
 
-def test_every_function_has_a_proof_that_grades_it(request):
-    source = "".join(f.read_text(encoding="utf-8") for f in (ROOT / "tests").glob("test_[1-9]_*.py"))
-    graded = re.findall(r'@grades\("(\w+)"\)', source)
-    assert set(graded) == set(grading.FUNCTIONS)
+def test_the_stubs_are_the_projects_signatures_and_docstrings():
+    """Also where a student has filled them in: the promise must stay what is graded."""
+    wanted = defined_in("dpo.py") | defined_in("losses.py")
+    del wanted["main"], wanted["check_label_smoothing"]
+    wanted["sequence_logps"] = defined_in("model.py")["sequence_logps"]
+    assert set(grading.FUNCTIONS) == wanted.keys()
+    stubs = grading.load(ROOT / "exercises" / "dpo.py")
+    assert list(stubs) == list(grading.FUNCTIONS)
+    for name, function in stubs.items():
+        assert ast.unparse(wanted[name].args) == str(inspect.signature(function))[1:-1], name
+        assert ast.get_docstring(wanted[name]) == inspect.getdoc(function), (
+            f"write the stubs anew: python -m exercises.grading, {name}")
+
+
+def test_every_function_has_a_proof_that_grades_it():
+    """And every graded proof names such a function, and stands in a file that the grader reads.
+    Otherwise it would never be run."""
+    class Collector:
+        def pytest_collection_modifyitems(self, items):
+            self.items = [item for item in items if grading.graded_by(item)]
+
+    collector = Collector()
+    run_pytest(ROOT / "tests", "--collect-only", plugin=collector)
+    assert {grading.graded_by(item) for item in collector.items} == set(grading.FUNCTIONS)
+    assert {item.path for item in collector.items} <= set(grading.PROOFS)
+
+
+def test_your_functions_stand_wherever_the_project_holds_its_own():
+    """Losses that are imported from dpo.py, and the table of losses, call a student's function. And
+    afterwards every name means the project's own function again."""
+    def h(*logps):
+        return torch.tensor([2.0])
+
+    def loss(*logps, beta=0.1):
+        return "mine"
+
+    zeros = torch.zeros(4, 1)
+    before = [dict(vars(module)) for module in (dpo, losses, model)] + [dict(losses.LOSSES)]
+    with grading.in_place({"preference_logits": h, "ipo_loss": loss}):
+        assert dpo.preference_logits is losses.preference_logits is h
+        assert losses.hinge_loss(*zeros, beta=0.25)[0].item() == 0.5
+        assert dpo.dpo_loss(*zeros, beta=1.0)[0].item() == pytest.approx(math.log1p(math.exp(-2)))
+        assert losses.LOSSES["ipo"](*zeros) == losses.ipo_loss(*zeros) == "mine"
+    with grading.in_place({"dpo_loss": loss}):
+        assert losses.LOSSES["sigmoid"] is losses.dpo_loss is dpo.dpo_loss is loss
+    with grading.in_place({"sequence_logps": loss}):
+        assert model.sequence_logps is loss
+    after = [dict(vars(module)) for module in (dpo, losses, model)] + [dict(losses.LOSSES)]
+    assert after == before
+
+
+def run_python(*args):
+    return subprocess.run([sys.executable, "-m", *args], cwd=ROOT, capture_output=True, text=True,
+                          encoding="utf-8")
 
 
 def test_untouched_stubs_are_reported_as_not_started(tmp_path):
-    """The command as a student runs it: no traceback, every graded proof not started, a line a function, exit status 1."""
+    """The command as a student runs it: no traceback, every graded proof not started, one line for
+    each function, exit status 1."""
     (tmp_path / "mine.py").write_text(grading.stubs(), encoding="utf-8")
-    done = subprocess.run([sys.executable, "-m", "pytest", f"--impl={tmp_path / 'mine.py'}"], cwd=ROOT, capture_output=True,
-                          text=True, encoding="utf-8")
+    done = run_python("pytest", f"--impl={tmp_path / 'mine.py'}")
     assert done.returncode == 1 and not done.stderr
-    assert "Traceback" not in done.stdout and "FAILURES" not in done.stdout and "Error" not in done.stdout
+    for word in ("Traceback", "FAILURES", "Error"):
+        assert word not in done.stdout
     for name in grading.FUNCTIONS:
-        assert re.search(rf"^{name} +not started +0 of [1-9]", done.stdout, re.M), done.stdout[-2000:]
+        line = rf"^{name} +not started +0 of [1-9]"
+        assert re.search(line, done.stdout, re.M), done.stdout[-2000:]
     last = done.stdout.strip().splitlines()[-1]
     assert " not started" in last and "passed" not in last and "failed" not in last
 
 
 def test_another_correct_implementation_passes_every_proof():
-    grader = grade_file(ANOTHER)
-    assert all(verdict == "holds" for results in grader.results.values() for _, verdict, _ in results), grader.summary()
-    assert all(grader.results.values()), "a function without a result was not graded"
+    grader = grade_file(ROOT / ANOTHER)
+    for results in grader.results.values():
+        assert results, "a function without a result was not graded"
+        assert all(verdict == "holds" for _, verdict, _ in results), grader.summary()
 
 
+# What is wrong: (the function it is in, old, new, the function that is graded, what it is told)
 MISTAKES = {
-    "mean instead of sum": ("if average else s)", "if True else s)", "response_logps", "you averaged over tokens; Eq. 7 sums"),
-    "the weight's sign": ("return 1 - torch.sigmoid(chosen_rewards - rejected_rewards)",
-                          "return torch.sigmoid(chosen_rewards - rejected_rewards)", "gradient_weight", "the sign is flipped"),
-    "the weight's sign, in the gradient": ("return 1 - torch.sigmoid(chosen_rewards - rejected_rewards)",
-                                           "return torch.sigmoid(chosen_rewards - rejected_rewards)", "analytic_gradient",
-                                           "the weight's sign is flipped"),
-    "rewards without beta": ("beta * (pc.detach() - rc), beta *", "(pc - rc).detach(), beta *", "dpo_loss", "rewards without beta"),
-    "the prompt counted": ("zip(lp, response_mask[:, 1:].bool())", "zip(lp, (response_mask.flip(1).cumsum(1).flip(1) > 0)[:, 1:])",
-                           "response_logps", "the prompt is counted"),
-    "the reference ignored": ("h = (pc - rc) - (pr - rr)\n    e", "h = pc - pr\n    e", "dpo_loss", "the reference is ignored"),
-    "beta outside": ("loss = bce(beta * h, torch.full_like(h, 1 - e), ", "loss = beta * bce(h, torch.full_like(h, 1 - e), ", "dpo_loss",
-                     "beta stands outside"),
-    "beta fixed at 0.1": ("loss = bce(beta * h, torch.full_like(h, 1 - e), ", "loss = bce(0.1 * h, torch.full_like(h, 1 - e), ", "dpo_loss",
-                          "right at beta = 0.1 only"),
-    "no shift": ("logits[:, :T-1].reshape", "logits[:, 1:].reshape", "token_logps", "have already seen token t"),
-    "a forgotten return": ("    return 1 - torch.exp", "    1 - torch.exp", "missing_mass", "is a return missing?"),
-    "multiplied by the mask": ("s = row[m].sum()", "s = (row * m).sum()", "response_logps", "nan: select with the mask"),
-    "0/0": ("out.append(s / max(1, int(m.sum())) if", "out.append(row[m].mean() if", "response_logps", "an empty row gives nan: divide by at least 1"),
-    "halves swapped": ("return lp[:n], lp[n:]", "return lp[n:], lp[:n]", "pair_logps", "chosen and rejected are swapped"),
+    "mean instead of sum": (
+        "response_logps", "s / max(1, int(m.sum())) if average else s",
+        "s / max(1, int(m.sum()))",
+        "response_logps", "you averaged over tokens; Eq. 7 sums"),
+    "the weight's sign": (
+        "gradient_weight", "1 - torch.sigmoid(chosen_rewards - rejected_rewards)",
+        "torch.sigmoid(chosen_rewards - rejected_rewards)",
+        "gradient_weight", "the sign is flipped"),
+    "the weight's sign, in the gradient": (
+        "gradient_weight", "1 - torch.sigmoid(chosen_rewards - rejected_rewards)",
+        "torch.sigmoid(chosen_rewards - rejected_rewards)",
+        "analytic_gradient", "the weight's sign is flipped"),
+    "rewards without beta": (
+        "implicit_rewards", "beta * (pc.detach() - rc)", "(pc - rc).detach()",
+        "dpo_loss", "rewards without beta"),
+    "the prompt counted": (
+        "response_logps", "response_mask[:, 1:].bool()",
+        "(response_mask.flip(1).cumsum(1).flip(1) > 0)[:, 1:]",
+        "response_logps", "the prompt is counted"),
+    "the reference ignored": (
+        "preference_logits", "(pc - rc) - (pr - rr)", "pc - pr",
+        "dpo_loss", "the reference is ignored"),
+    "beta outside": (
+        "dpo_loss", "bce(beta * h, torch.ones_like(h), reduction='none')",
+        "beta * bce(h, torch.ones_like(h), reduction='none')",
+        "dpo_loss", "beta stands outside"),
+    "beta fixed at 0.1": (
+        "dpo_loss", "bce(beta * h, torch.ones_like(h), reduction='none')",
+        "bce(0.1 * h, torch.ones_like(h), reduction='none')",
+        "dpo_loss", "right at beta = 0.1 only"),
+    "no shift": (
+        "token_logps", "logits[:, :T-1]", "logits[:, 1:]",
+        "token_logps", "have already seen token t"),
+    "a forgotten return": (
+        "missing_mass",
+        "return 1 - torch.exp(torch.sub(policy_logps, ref_logps)).sum() / policy_logps.numel()",
+        "1 - torch.exp(torch.sub(policy_logps, ref_logps)).sum() / policy_logps.numel()",
+        "missing_mass", "is a return missing?"),
+    "multiplied by the mask": (
+        "response_logps", "row[m].sum()", "(row * m).sum()",
+        "response_logps", "nan: select with the mask"),
+    "0/0": (
+        "response_logps", "s / max(1, int(m.sum()))", "row[m].mean()",
+        "response_logps", "an empty row gives nan: divide by at least 1"),
+    "halves swapped": (
+        "pair_logps", "lp[:n], lp[n:]", "lp[n:], lp[:n]",
+        "pair_logps", "chosen and rejected are swapped"),
+    "IPO's margin": (
+        "ipo_loss", "0.5 / beta", "1 / beta",
+        "ipo_loss", "the target is 1/(2 tau), not 1/tau"),
+    "the hinge without beta": (
+        "hinge_loss", "1 - beta * preference_logits(pc, pr, rc, rr)",
+        "1 - preference_logits(pc, pr, rc, rr)",
+        "hinge_loss", "beta is missing in the hinge"),
+    "robust DPO not divided": (
+        "robust_loss", "((1 - e) * right - e * flipped) / (1 - 2 * e)",
+        "(1 - e) * right - e * flipped",
+        "robust_loss", "the factor 1/(1 - 2 eps) is missing"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_wrong_implementation_is_told_its_mistake(mistake, tmp_path):
-    old, new, name, message = MISTAKES[mistake]
-    source = ANOTHER.read_text(encoding="utf-8")
-    assert source.count(old) == 1
-    (tmp_path / "mine.py").write_text(source.replace(old, new), encoding="utf-8")
-    summary = grade_file(tmp_path / "mine.py", [name], "-x").summary()         # the first proof that fails names it
-    assert re.match(rf"{name} +wrong", summary) and message in summary, summary
+    """The first proof that fails names it."""
+    function, old, new, graded, message = MISTAKES[mistake]
+    source = changes.changed_source({"file": ANOTHER, "function": function, "old": old, "new": new})
+    (tmp_path / "mine.py").write_text(source, encoding="utf-8")
+    summary = grade_file(tmp_path / "mine.py", [graded], "-x").summary()
+    assert re.match(rf"{graded} +wrong", summary) and message in summary, summary
 
 
 def test_one_function_filled_in_is_done_and_the_others_are_not_started(tmp_path):
-    """And a function that calls one which is not there yet waits for it, rather than being wrong."""
+    """A function that calls one which is not there yet waits for it; it does not count as wrong."""
     source = grading.stubs() + """
 
 def gradient_weight(chosen_rewards, rejected_rewards):
@@ -172,22 +431,35 @@ def central_differences(f, x, eps=1e-5):
 
 
 def test_grading_in_a_notebook_cell(capsys):
-    """grade(...) takes functions, prints a line for each, and leaves the project's own in place; twice in one process."""
-    before = {name: getattr(dpo, name) for name in grading.FUNCTIONS}
-    for flipped in (True, False):
-        weight = lambda w, l: torch.sigmoid((w - l) if flipped else (l - w))
-        assert grading.grade(gradient_weight=weight) == (not flipped)
+    """grade(...) takes functions, prints a line for each, and leaves the project's own in place. It
+    also works twice in one process."""
+    def right(w, l):
+        return torch.sigmoid(l - w)
+
+    def flipped(w, l):
+        return torch.sigmoid(w - l)
+
+    def project():
+        return {name: getattr(module, name) for name, module in grading.FUNCTIONS.items()}
+
+    before = project()
+    for weight in (flipped, right):
+        assert grading.grade(gradient_weight=weight) == (weight is right)
         printed = capsys.readouterr().out
-        assert ("the sign is flipped" in printed) == flipped and ("done" in printed) != flipped
+        assert ("the sign is flipped" in printed) == (weight is flipped)
+        assert ("done" in printed) == (weight is right)
         assert len(printed.splitlines()) <= 3, "only what was asked for"
-    assert before == {name: getattr(dpo, name) for name in grading.FUNCTIONS}
+    assert before == project()
     for wrong in ({}, {"dpo_los": print}):
         with pytest.raises(TypeError, match="dpo_loss"):
             grading.grade(**wrong)
 
 
-@pytest.mark.parametrize("text, message", [("def dpo_loss(:\n", "line 1: SyntaxError"), ("import torch\nimport absent_module\n", "line 2: ModuleNotFoundError"),
-                                           ("x = 1\n", "defines none of token_logps"), (None, "no such file")])
+@pytest.mark.parametrize("text, message", [
+    ("def dpo_loss(:\n", "line 1: SyntaxError"),
+    ("import torch\nimport absent_module\n", "line 2: ModuleNotFoundError"),
+    ("x = 1\n", "defines none of token_logps"),
+    (None, "no such file")])
 def test_a_file_that_cannot_be_graded_says_why(tmp_path, text, message):
     if text is not None:
         (tmp_path / "mine.py").write_text(text, encoding="utf-8")
@@ -197,49 +469,63 @@ def test_a_file_that_cannot_be_graded_says_why(tmp_path, text, message):
 
 # ---- The exercise around the bugs
 
-def test_every_symptom_shows(monkeypatch):
-    """Of every bug that shows in a few expressions, at least one comes out differently, and none fails in the healthy project."""
+def test_every_symptom_shows():
+    """Of every bug that shows in a few expressions, at least one comes out differently, and none
+    fails in the healthy project."""
     for number, b in enumerate(BUGS, 1):
         if "show" not in b:
             continue
         with find_the_bug.quietly():
             lines = find_the_bug.symptom(number).splitlines()
-        healthy = [line.split(maxsplit=1)[1] for line in lines if line.startswith("    healthy")]
-        buggy = [line.split(maxsplit=1)[1] for line in lines if line.startswith("    buggy")]
+        values = {"healthy": [], "buggy": []}
+        for line in lines:
+            for whose in values:
+                if line.startswith(f"    {whose} "):
+                    values[whose].append(line.split(maxsplit=1)[1])
+        healthy, buggy = values["healthy"], values["buggy"]
         assert len(healthy) == len(buggy) == len(b["show"])
         assert healthy != buggy, f"bug {number} does not show in {b['show']}"
         assert not any("Error" in value for value in healthy), f"bug {number}: {healthy}"
 
 
+def bug_with(start):
+    """The number of the bug whose pitfall begins like this."""
+    return next(n for n, b in enumerate(BUGS, 1) if b["pitfall"].startswith(start))
+
+
 def test_a_symptom_in_training_is_a_table_beside_the_healthy_run(monkeypatch):
-    """In small: swapped columns make every training curve look healthy and the true reward fall."""
-    small = find_the_bug.short_run
-    monkeypatch.setattr(find_the_bug, "short_run", lambda folder, flags, **size: small(folder, flags, texts=1600, pairs=2560))
-    number = next(n for n, b in enumerate(BUGS, 1) if b["pitfall"].startswith("Chosen and rejected are swapped"))
+    """In a smaller run. With swapped columns every training curve looks healthy and the true reward
+    falls."""
+    usual = find_the_bug.short_run
+
+    def smaller(folder, flags, **size):
+        usual(folder, flags, texts=1600, pairs=2560)
+
+    monkeypatch.setattr(find_the_bug, "short_run", smaller)
     with find_the_bug.quietly():
-        rows = {line[:46].strip(): line[46:].split() for line in find_the_bug.symptom(number).splitlines()}
-    healthy, buggy = (float(rows["true reward, reference -> policy, exact"][i]) for i in (2, 5))
+        table = find_the_bug.symptom(bug_with("Chosen and rejected are swapped"))
+    rows = {line[:46].strip(): line[46:].split() for line in table.splitlines()}
+    reward = rows["true reward, reference -> policy, exact"]
+    healthy, buggy = float(reward[2]), float(reward[5])
     assert healthy > buggy + 0.1
-    assert rows["DPO loss, nats, step 0 -> last"][0] == rows["DPO loss, nats, step 0 -> last"][3] == "0.693"
+    loss = rows["DPO loss, nats, step 0 -> last"]
+    assert loss[0] == loss[3] == "0.693"
 
 
 def test_nothing_of_a_bug_stays_behind():
-    before = dpo.gradient_weight(torch.tensor(1.0), torch.tensor(0.0))
-    flipped = next(b for b in BUGS if b["pitfall"].startswith("The weight's sign"))
-    with find_the_bug.in_effect(flipped):
-        assert dpo.gradient_weight(torch.tensor(1.0), torch.tensor(0.0)) != before
-    assert dpo.gradient_weight(torch.tensor(1.0), torch.tensor(0.0)) == before
-
-
-def run_tool(*args):
-    done = subprocess.run([sys.executable, "-m", "exercises.find_the_bug", *args], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
-    return done.returncode, done.stdout + done.stderr
+    rewards = torch.tensor(1.0), torch.tensor(0.0)
+    before = dpo.gradient_weight(*rewards)
+    with changes.in_effect(BUGS[bug_with("The weight's sign") - 1]):
+        assert dpo.gradient_weight(*rewards) != before
+    assert dpo.gradient_weight(*rewards) == before
 
 
 def test_the_tool_lists_hints_copies_and_reveals(tmp_path, monkeypatch, capsys):
-    """As a student uses it, in one process but for one call."""
-    code, out = run_tool("39")
-    assert code == 0 and "healthy   0.5" in out and "buggy     0.75" in out and "Ties" not in out, out
+    """As a student uses it. All but the first call run in this process."""
+    done = run_python("exercises.find_the_bug", "39")
+    out = done.stdout + done.stderr
+    assert done.returncode == 0, out
+    assert "healthy   0.5" in out and "buggy     0.75" in out and "Ties" not in out, out
 
     def tool(*args):
         monkeypatch.setattr(sys, "argv", ["find_the_bug", *args])
@@ -254,13 +540,13 @@ def test_the_tool_lists_hints_copies_and_reveals(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="left as it is"):
         tool("39", "--copy", str(tmp_path))
     revealed = tool("39", "--reveal")
-    assert "Ties count as wins" in revealed and "+        return (p * (below + q_rank)[rank]).sum()" in revealed
+    assert "Ties count as wins" in revealed
+    assert "+    wins = below + ref_mass  # (K,)" in revealed
     for number in ("0", str(len(BUGS) + 1)):
         with pytest.raises(SystemExit, match=f"numbered 1 to {len(BUGS)}"):
             tool(number)
 
 
 def test_the_proofs_can_be_run_with_a_bug_in_effect():
-    done = subprocess.run([sys.executable, "-m", "pytest", "--bug", "39", "-q", "tests/test_world.py", "-k", "win_rate"], cwd=ROOT,
-                          capture_output=True, text=True, encoding="utf-8")
+    done = run_python("pytest", "--bug", "39", "-q", "tests/test_world.py", "-k", "win_rate")
     assert done.returncode == 1 and "1 failed" in done.stdout

@@ -1,8 +1,9 @@
-"""rlhf.py: the reward model, what a scoring function returns, the loop of policy learning and its switches, and the command."""
+"""rlhf.py: the reward model, what a scoring function returns, the loop of policy learning and its
+switches, and the command `python rlhf.py DIR`."""
 import copy
-import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,20 +12,25 @@ import torch
 
 import data
 import evaluate
+import ppo
 import rlhf
-import tabular
 import world
 from conftest import ROOT
+from lab.judges import all_scores, judge_quality
 from model import GPT, GPTConfig
+from support.checkpoints import fingerprint, load_model
+from support.files import read_json, read_jsonl, write_json
+from support.run import Run, load_run, load_toy_run
 from tools import assert_same, vector
 
 
 @pytest.fixture
 def toy():
-    """An untrained GPT that reads the toy world, and four prompts in tokens."""
+    """An untrained GPT that reads the toy world, the tokenizer, and four prompts in tokens."""
     torch.manual_seed(1)
     tokenizer = data.get_tokenizer("toy")
-    gpt = GPT(GPTConfig(block_size=64, vocab_size=tokenizer.n_vocab, n_layer=1, n_head=1, n_embd=32)).eval()
+    gpt = GPT(GPTConfig(block_size=64, vocab_size=tokenizer.n_vocab, n_layer=1, n_head=1,
+                        n_embd=32)).eval()
     return gpt, tokenizer, [tokenizer.encode_ordinary(x) for x in world.prompts()[0][:4]]
 
 
@@ -32,91 +38,93 @@ def toy():
 
 @pytest.mark.parametrize("read", ["tokens", "end"])
 def test_a_reward_model_starts_at_ln_2_and_does_not_see_padding(toy, read):
-    """Before training every score is 0 and the loss ln 2, as DPO's is. After, a score depends on prompt and response alone: not
-    on what stands beside them in the batch (1e-5), and gradients reach every weight but the unused positions'."""
+    """Before training every score is 0 and the loss is ln 2, as DPO's is. After it a score depends
+    on prompt and response alone, and not on what stands beside them in the batch (1e-5).
+    Gradients reach every tensor."""
     gpt, tokenizer, prompts = toy
+    prompts = prompts[:2]
     model = rlhf.RewardModel(gpt, read)
-    responses = [tokenizer.encode_ordinary(y) + [tokenizer.eot_token] for y in (world.responses()[5], world.responses()[-1])]
-    tokens, mask = data.pad(prompts[:2], responses)
-    assert_same(model(tokens, mask), torch.zeros(2), 0, what="the first scores")
-    assert_same(rlhf.reward_model_loss(model(tokens, mask), torch.zeros(2)), torch.full((2,), math.log(2)), 1e-6, what="the first loss")
+    responses = []
+    for text in (world.responses()[5], world.responses()[-1]):
+        responses.append(tokenizer.encode_ordinary(text) + [tokenizer.eot_token])
+    tokens, mask = data.pad(prompts, responses)
+    scores = model(tokens, mask)
+    assert_same(scores, torch.zeros(2), 0, what="the first scores")
+    losses = rlhf.reward_model_loss(scores, torch.zeros(2))
+    assert_same(losses, torch.full((2,), math.log(2)), 1e-6, what="the first loss")
+
     torch.nn.init.normal_(model.scalar.weight)
+    scores = model(tokens, mask)
     alone = torch.cat([model(*data.pad([x], [y])) for x, y in zip(prompts, responses)])
-    assert_same(model(*data.pad(prompts[:2], responses)), alone, 1e-5, {"padding is read": model.scalar(model.body.hidden(tokens))[:, -1, 0]},
+    at_the_end = model.scalar(model.body.hidden(tokens))[:, -1, 0]
+    assert_same(scores, alone, 1e-5, {"padding is read": at_the_end},
                 what="the scores of a batch")
-    values = rlhf.ScalarModel.forward(model, tokens)                                                  # (2, T)
-    want = torch.stack([v[len(x) + len(y) - 1] if read == "end" else v[len(x):len(x) + len(y)].sum()
-                        for v, x, y in zip(values, prompts, responses)])
-    assert_same(model(tokens, mask), want, 1e-5, {"the prompt is counted": values.sum(1), "EOS is left out": want - values[:, -1]},
+
+    values = rlhf.ScalarModel.forward(model, tokens)  # (2, T)
+    want = []
+    for v, x, y in zip(values, prompts, responses):
+        of_response = v[len(x):len(x) + len(y)]
+        want.append(of_response[-1] if read == "end" else of_response.sum())
+    want = torch.stack(want)
+    assert_same(scores, want, 1e-5, {"the prompt is counted": values.sum(1),
+                                     "EOS is left out": want - values[:, -1]},
                 what=f"what is read ({read})")
-    model(tokens, mask).sum().backward()
+    scores.sum().backward()
     assert all(p.grad is not None for p in model.parameters())
-    assert gpt.wte.weight.data_ptr() != model.body.wte.weight.data_ptr(), "the reward model must have its own weights"
+    assert gpt.wte.weight.data_ptr() != model.body.wte.weight.data_ptr(), \
+        "the reward model must have its own weights"
 
 
 def test_a_reward_model_learns_from_labels_and_is_centred(toy, tmp_path):
-    """From 1,500 pairs of faint colour to better than chance by far: accuracy above 60% on prompts never seen (0.5 by chance); the
-    scores of its pairs have mean 0 (1e-4), and it comes back frozen."""
+    """An untrained model learns from 1,500 pairs. Its accuracy on prompts that it has never seen
+    is above 60%; by chance it is 50%. The scores of its pairs have mean 0 (1e-4). It comes back
+    frozen."""
     gpt, tokenizer, _ = toy
     examples, _ = data.tokenize(data.make_preferences(1500, "human", 0), tokenizer)
-    model = rlhf.train_reward_model(gpt, examples, tmp_path, seed=0, epochs=6, lr=4e-3)
-    assert abs(torch.cat([model(b["tokens"], b["response_mask"]) for b in (data.collate(examples[i:i + 100]) for i in range(0, 1500, 100))]).mean()) < 1e-4
+    model = rlhf.train_reward_model(gpt, examples, Run(tmp_path), seed=0, epochs=6, lr=4e-3)
+    scores = []
+    for i in range(0, 1500, 100):
+        batch = data.collate(examples[i:i + 100])
+        scores.append(model(batch["tokens"], batch["response_mask"]))
+    assert abs(torch.cat(scores).mean()) < 1e-4
     assert not any(p.requires_grad for p in model.parameters())
     held_out = world.prompts()[1][:2]
-    quality = rlhf.judge_quality(rlhf.all_scores(model, held_out), held_out)
+    quality = judge_quality(all_scores(model, held_out), held_out)
     assert 0.6 < quality["accuracy"] < quality["ceiling"]
-
-
-def test_the_measures_of_a_judge():
-    """accuracy: of the true reward it is the label ceiling, of its negative 1 minus that, of nothing 1/2, and any judge's is the
-    sum over all pairs, written out. calibration: the true reward is right in every bin (1e-12). spearman: 1, -1, 0.8 by hand, and
-    ties share a rank."""
-    p, reward = torch.log_softmax(torch.randn(6).double(), -1), vector(0.3, -1, 2, 2, 0.1, -0.5)
-    ceiling = world.label_ceiling(p, reward)
-    scores = vector(1, 0, 0, 3, -1, 0.5)
-    by_hand = sum(p[i].exp() * p[j].exp() * (torch.sigmoid(reward[i] - reward[j]) * (1.0 if scores[i] > scores[j] else 0.5 if scores[i] == scores[j] else 0.0)
-                                             + torch.sigmoid(reward[j] - reward[i]) * (1.0 if scores[j] > scores[i] else 0.5 if scores[i] == scores[j] else 0.0))
-                  for i in range(6) for j in range(6))
-    assert_same(rlhf.accuracy(p, scores, reward), by_hand, 1e-12, what="a judge's accuracy")
-    assert_same(rlhf.accuracy(p, reward, reward), ceiling, 1e-12, what="the true reward's accuracy")
-    assert_same(rlhf.accuracy(p, -reward, reward), 1 - ceiling, 1e-12, what="its opposite's")
-    assert_same(rlhf.accuracy(p, torch.zeros(6).double(), reward), vector(0.5)[0], 1e-12, what="an indifferent judge's")
-    predicted, true, share = rlhf.calibration(p, reward, reward)
-    assert_same(predicted.nan_to_num(), true.nan_to_num(), 1e-12, what="the true reward's calibration")
-    assert_same(share.sum(), vector(1.0)[0], 1e-12, what="the shares")
-    predicted, true, _ = rlhf.calibration(p, 3 * reward, reward)
-    assert (predicted - true).abs().nan_to_num().max() > 0.05, "a judge three times too sure is not calibrated"
-    assert rlhf.spearman(vector(1, 2, 3, 4), vector(10, 20, 30, 99)).item() == pytest.approx(1)
-    assert rlhf.spearman(vector(1, 2, 3, 4), vector(4, 3, 2, 1)).item() == pytest.approx(-1)
-    assert rlhf.spearman(vector(1, 2, 3, 4), vector(1, 3, 2, 4)).item() == pytest.approx(1 - 6 * 2 / (4 * 15))
-    assert rlhf.spearman(vector(1, 1, 2, 3), vector(5, 5, 6, 7)).item() == pytest.approx(1)
 
 
 # ---- Scores
 
 def test_a_response_that_did_not_end_scores_low_whoever_judges(toy):
     gpt, tokenizer, prompts = toy
-    review = tokenizer.encode_ordinary(world.responses()[7])
+    prompt, text = world.prompts()[0][0], world.responses()[7]
+    review = tokenizer.encode_ordinary(text)
     model = rlhf.RewardModel(gpt)
-    torch.nn.init.constant_(model.scalar.bias, 1.0)
-    for score, want in ((rlhf.by_text(world.true_reward), world.true_reward(world.prompts()[0][0], world.responses()[7])),
-                        (rlhf.by_model(model), len(review) + 1.0)):
-        ended, cut = score(prompts[:1] * 2, [review + [tokenizer.eot_token], review]).tolist()
+    torch.nn.init.constant_(model.scalar.bias, 1.0)  # the score is the number of tokens
+    judges = [(rlhf.by_text(world.true_reward), world.true_reward(prompt, text)),
+              (rlhf.by_model(model), len(review) + 1.0)]
+    for score, want in judges:
+        responses = [review + [tokenizer.eot_token], review]
+        ended, cut = score([prompts[0], prompts[0]], responses).tolist()
         assert ended == pytest.approx(want, abs=1e-5) and cut == rlhf.UNFINISHED
 
 
 def test_value_loss_and_its_clip_by_hand():
-    """(1 - 3)^2 and (2 - 2)^2 halved and averaged; with clip 0.5 the first value, which came from 0, may profit up to 0.5 only:
-    (0.5 - 3)^2. Outside the mask nothing counts."""
-    values, old, returns = torch.tensor([[1.0, 2.0, 9.0]]), torch.tensor([[0.0, 2.0, 0.0]]), torch.tensor([[3.0, 2.0, -9.0]])
+    """Without a clip: (1 - 3)^2 and (2 - 2)^2, halved and averaged. With clip 0.5 the first value,
+    which came from 0, gains by moving to 0.5 only: (0.5 - 3)^2. Outside the mask nothing counts."""
+    values = torch.tensor([[1.0, 2.0, 9.0]])
+    old = torch.tensor([[0.0, 2.0, 0.0]])
+    returns = torch.tensor([[3.0, 2.0, -9.0]])
     mask = torch.tensor([[True, True, False]])
-    assert_same(rlhf.value_loss(values, old, returns, mask), 0.5 * (4 + 0) / 2, 1e-6, {"the half is missing": 2.0}, what="the critic's loss")
-    assert_same(rlhf.value_loss(values, old, returns, mask, clip=0.5), 0.5 * (6.25 + 0) / 2, 1e-6, {"not clipped": 1.0}, what="clipped")
+    assert_same(ppo.value_loss(values, old, returns, mask), 0.5 * (4 + 0) / 2, 1e-6,
+                {"the half is missing": 2.0}, what="the critic's loss")
+    assert_same(ppo.value_loss(values, old, returns, mask, clip=0.5), 0.5 * (6.25 + 0) / 2, 1e-6,
+                {"not clipped": 1.0}, what="the critic's clipped loss")
 
 
 def test_normalised_advantages():
     x, mask = torch.randn(5, 7).double() * 3 + 2, torch.rand(5, 7) < 0.6
-    out = rlhf.normalise(x, mask)
+    out = ppo.normalise(x, mask)
     assert_same(out[mask].mean(), 0.0, 1e-9, what="the mean")
     assert_same(out[mask].std(), 1.0, 1e-6, what="the deviation")
     assert not out[~mask].any()
@@ -127,97 +135,133 @@ def test_normalised_advantages():
 SMALL = {"samples": 128, "batch_size": 64, "minibatch_size": 32, "epochs": 2}
 
 
+def lively(prompts, responses):
+    """Any score that differs from text to text will do. The true reward of an untrained model's
+    texts is the same for all of them."""
+    return torch.tensor([sum(response) % 7 - 3.0 for response in responses])
+
+
 def learned(toy, seed=0, **settings):
+    """The weights of a policy that has learned from `lively`, in one vector, and the history."""
     gpt, _, prompts = toy
     policy = copy.deepcopy(gpt).requires_grad_(True)
-    # any score that differs from text to text will do; the true reward of a random model's text is the same for all of it
-    lively = lambda x, y: torch.tensor([sum(response) % 7 - 3.0 for response in y])
-    history = rlhf.learn(policy, gpt.requires_grad_(False), lively, prompts, rlhf.Settings(**SMALL | settings), seed)
+    reference = gpt.requires_grad_(False)
+    settings = rlhf.Settings(**SMALL | settings)
+    history = rlhf.learn(policy, reference, lively, prompts, settings, seed)
     return torch.cat([p.detach().flatten() for p in policy.parameters()]), history
 
 
-def test_policy_learning_generates_as_many_as_asked_and_leaves_the_reference_alone(toy, monkeypatch):
-    """It is on-policy: every batch is generated anew, by the policy and never by the reference, which stays as it was."""
+def test_policy_learning_generates_as_many_as_asked_and_leaves_the_reference_alone(
+        toy, monkeypatch):
+    """It is on-policy: every batch is generated anew, by the policy and never by the reference.
+    The reference stays as it was."""
     gpt, generated = toy[0], []
-    before, original = evaluate.fingerprint(gpt), GPT.generate
+    before, original = fingerprint(gpt), GPT.generate
 
     def counting(self, prompts, *args, **kwargs):
         generated.append((self is gpt, len(prompts)))
         return original(self, prompts, *args, **kwargs)
     monkeypatch.setattr(GPT, "generate", counting)
     weights, history = learned(toy)
-    assert generated == [(False, 64), (False, 64)] and [h["generated"] for h in history] == [64, 128]
-    assert evaluate.fingerprint(gpt) == before
-    assert history[0]["kl"] == pytest.approx(0, abs=1e-6), "the first batch is the reference's own"
+    assert generated == [(False, 64), (False, 64)]
+    assert [row["generated"] for row in history] == [64, 128]
+    assert fingerprint(gpt) == before
+    assert history[0]["kl"] == pytest.approx(0, abs=1e-6), "the first policy is the reference"
     monkeypatch.undo()
     again, _ = learned(toy)
     assert torch.equal(weights, again), "the same seed is the same run"
     assert not torch.equal(weights, learned(toy, seed=1)[0])
 
 
+def test_response_token_logps_are_the_log_of_the_softmax(toy):
+    """At each response token the log of the softmax of a whole forward (1e-5), elsewhere 0."""
+    gpt, tokenizer, prompts = toy
+    responses = [tokenizer.encode_ordinary(" dull.") + [tokenizer.eot_token],
+                 tokenizer.encode_ordinary(" superb and scary.") + [tokenizer.eot_token]]
+    tokens, mask = data.pad(prompts[:2], responses)
+    mask = mask[:, 1:]
+    logps = rlhf.response_token_logps(gpt, tokens, mask)
+    for row, (x, y) in enumerate(zip(prompts, responses)):
+        probabilities = gpt(torch.tensor([x + y]))[0].softmax(-1)
+        want = torch.zeros(mask.size(1))
+        for i, token in enumerate(y):
+            position = len(x) + i - 1
+            want[position] = probabilities[position, token].log()
+        assert_same(logps[row], want, 1e-5, what=f"row {row}")
+    assert_same(mask.sum(1).double(), vector(*map(len, responses)), 0, what="the mask")
+
+
 def test_a_frozen_policy_is_refused(toy):
-    """With a critic that learns, a policy that does not would go unnoticed."""
+    """The critic would learn all the same. So nobody would notice that the policy does not."""
     gpt, _, prompts = toy
+    policy = copy.deepcopy(gpt.requires_grad_(False))
+    score, settings = rlhf.by_text(world.true_reward), rlhf.Settings(**SMALL)
     with pytest.raises(ValueError, match="requires_grad_"):
-        rlhf.learn(copy.deepcopy(gpt.requires_grad_(False)), gpt, rlhf.by_text(world.true_reward), prompts, rlhf.Settings(**SMALL), 0)
+        rlhf.learn(policy, gpt, score, prompts, settings, 0)
 
 
-@pytest.mark.parametrize("switch", [{"beta": 3.0}, {"critic": False}, {"lam": 0.5}, {"gamma": 0.9}, {"clip": None}, {"clip": 0.01}, {"normalise_advantages": False},
-                                    {"clip_values": 0.01}, {"scale_rewards": True}, {"anneal_lr": False}, {"max_grad_norm": None},
-                                    {"epochs": 1}, {"lr": 1e-4}, {"critic_lr": 1e-1}, {"minibatch_size": 64}, {"target_kl": 0.5}],
-                         ids=lambda s: next(iter(s)))
+def test_fewer_samples_than_a_batch_are_refused(toy):
+    with pytest.raises(ValueError, match="samples=63 is less than one batch"):
+        learned(toy, samples=63)
+
+
+def name_of(switch):
+    return next(iter(switch))
+
+
+@pytest.mark.parametrize("switch", [
+    {"beta": 3.0}, {"critic": False}, {"lam": 0.5}, {"gamma": 0.9}, {"clip": None},
+    {"clip": 0.01}, {"normalise_advantages": False}, {"clip_values": 0.01},
+    {"scale_rewards": True}, {"anneal_lr": False}, {"max_grad_norm": None}, {"epochs": 1},
+    {"lr": 1e-4}, {"critic_lr": 1e-1}, {"minibatch_size": 64}, {"target_kl": 0.5},
+], ids=name_of)
 def test_every_switch_is_wired(toy, switch):
-    """A setting that changes nothing is not read. (Two batches of 64, three for the leash, which is steered after the first; the
-    learning rate is high, so that ratios leave the clip.)"""
+    """A setting that changes nothing is not read. Two batches of 64 show it, and three for the
+    target of the KL, since beta changes only after a batch. The learning rate is high, so that
+    ratios leave the clip."""
     settings = {"lr": 1e-2, "samples": 192 if "target_kl" in switch else 128}
-    assert not torch.equal(learned(toy, **settings)[0], learned(toy, **settings | switch)[0])
+    usual, _ = learned(toy, **settings)
+    changed, _ = learned(toy, **settings | switch)
+    assert not torch.equal(usual, changed)
 
 
 def test_the_leash_is_steered_to_a_target_kl(toy):
-    """beta falls while the KL is under its target and rises while it is over, by 2% a batch at the most (1909.08593)."""
+    """beta falls while the KL is under its target and rises while it is over it, by at most 2% a
+    batch (1909.08593)."""
     _, history = learned(toy, target_kl=1e3, samples=256)
-    assert [h["beta"] for h in history] == pytest.approx([0.98 ** k for k in range(4)])
+    assert [row["beta"] for row in history] == pytest.approx([0.98 ** k for k in range(4)])
     _, history = learned(toy, target_kl=1e-4, samples=256, lr=1e-2)
     assert history[-1]["beta"] > history[1]["beta"]
 
 
 def test_policy_learning_climbs_its_objective(toy):
-    """From random weights, towards any score: here, short responses that end. E[score] rises from below -4 to above -2."""
+    """From random weights towards a score that asks only for an end: E[score] rises from below -4
+    to above -2."""
     gpt, tokenizer, prompts = toy
-    policy = copy.deepcopy(gpt)
-    eager = lambda x, y: torch.tensor([0.0 if r[-1] == tokenizer.eot_token else -5.0 for r in y])
-    history = rlhf.learn(policy, gpt.requires_grad_(False), eager, prompts, rlhf.Settings(samples=2560, batch_size=128, lr=3e-3, beta=0.01), 0)
-    assert history[0]["score"] < -4 and history[-1]["score"] > -2, [h["score"] for h in history]
 
-
-# ---- The baselines
-
-def test_unlikelihood_and_preferred_ft_are_the_losses_they_say(toy, tmp_path):
-    """The first logged loss of each, before any update, from response log-probabilities taken one by one (1e-4)."""
-    gpt, tokenizer, _ = toy
-    examples, _ = data.tokenize(data.make_preferences(8, "human", 0), tokenizer)
-    w, l = (torch.stack([torch.log_softmax(gpt(torch.tensor([e.prompt + r]))[0, :-1], -1)[range(len(e.prompt) - 1, len(e.prompt) + len(r) - 1), r].sum()
-                         for e, r in ((e, getattr(e, side)) for e in examples)]).mean().item() for side in ("chosen", "rejected"))
-    for name, train_it, want in (("a", lambda p, f: rlhf.preferred_ft(p, examples, f, 0), -w),
-                                 ("b", lambda p, f: rlhf.unlikelihood(p, examples, f, 0, alpha=0.3), -w + 0.3 * l)):
-        (tmp_path / name).mkdir()
-        policy = train_it(copy.deepcopy(gpt), tmp_path / name)
-        assert evaluate.read_jsonl(tmp_path / name / "metrics.jsonl")[0]["loss"] == pytest.approx(want, abs=1e-3)
-        assert evaluate.fingerprint(policy) != evaluate.fingerprint(gpt)
+    def eager(prompts, responses):
+        ended = [response[-1] == tokenizer.eot_token for response in responses]
+        return torch.where(torch.tensor(ended), 0.0, -5.0)
+    policy, reference = copy.deepcopy(gpt), gpt.requires_grad_(False)
+    settings = rlhf.Settings(samples=2560, batch_size=128, lr=3e-3, beta=0.01)
+    history = rlhf.learn(policy, reference, eager, prompts, settings, 0)
+    scores = [row["score"] for row in history]
+    assert scores[0] < -4 and scores[-1] > -2, scores
 
 
 # ---- The command
 
 def run_rlhf(*args):
-    done = subprocess.run([sys.executable, "rlhf.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True, encoding="utf-8",
+    """`python rlhf.py ARGS` -> its exit code, what it printed, and its error messages."""
+    done = subprocess.run([sys.executable, "rlhf.py", *map(str, args)], cwd=ROOT,
+                          capture_output=True, text=True, encoding="utf-8",
                           env=os.environ | {"PYTHONIOENCODING": "utf-8"})
     return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module")
-def compared(small_run, tmp_path_factory):
-    """A finished `python rlhf.py DIR`, in small: 512 samples for each policy learning."""
-    import shutil
+def learned_run(small_run, tmp_path_factory):
+    """A run after `python rlhf.py DIR --samples 512`: its folder, and what was printed."""
     folder = tmp_path_factory.mktemp("rlhf") / "run"
     shutil.copytree(small_run, folder)
     code, out, err = run_rlhf(folder, "--samples", "512")
@@ -225,71 +269,109 @@ def compared(small_run, tmp_path_factory):
     return folder, out
 
 
-def test_the_comparison_has_every_row_measured(compared):
-    folder, out = compared
-    result = json.loads((folder / "rlhf.json").read_text(encoding="utf-8"))
-    assert set(result["rows"]) == set(rlhf.TITLES)
-    for name, row in result["rows"].items():
-        assert rlhf.TITLES[name] in out
-        assert all(math.isfinite(row[k]) for k in ("reward", "kl", "objective", "wellformed", "objective_all", "seconds")), name
-        assert row["labels"] == (256 if name.split("-")[-1] in ("human", "ai", "dpo", "plain", "ft", "unlikelihood", "16", "128", "learned") else 0), name
-        assert row["generated"] == (512 if name.startswith(("ppo", "reinforce")) else int(name[8:]) if name.startswith("best") else 0), name
-    assert (folder / "rlhf.png").stat().st_size > 20_000
-    for who in ("human", "ai", "judge"):
-        quality = result["reward_models"][who]
-        assert 0 <= quality["accuracy"] <= quality["ceiling"] + 1e-12 and -1 <= quality["spearman"] <= 1
-    assert result["rows"]["optimum"]["objective"] == pytest.approx(evaluate.optimum(
-        evaluate.exact_logps(rlhf.Run(folder).reference, world.prompts()[1]), 1.0, 1.0)["objective"])
+def contents(folder):
+    return {file.relative_to(folder): file.read_bytes()
+            for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
-def test_no_method_is_above_the_frontier(compared):
-    """The reward of every row, at its own KL, against the exact frontier there (1e-6): where all text counts alike nobody is better
-    than pi*. And J of none is above pi*'s."""
-    run = rlhf.Run(compared[0])
-    rows = json.loads((run.folder / "rlhf.json").read_text(encoding="utf-8"))["rows"]
-    ref, r = world.normalise(evaluate.exact_logps(run.reference, run.held_out)), evaluate.held_out_rewards()
-    for name, row in rows.items():
-        best = world.expected(world.optimal_policy(ref, r, world.beta_at_kl(ref, r, row["kl"])), r).mean().item()
-        assert row["reward"] <= best + 1e-6, f"{name} is above the frontier by {row['reward'] - best:g}"
-        assert row["objective"] <= rows["optimum"]["objective"] + 1e-9, name
+def measured(folder):
+    """The rows of the command's table, measured again from the files: {first word: measure}."""
+    _, _, models = load_run(folder)
+    models["ppo"], _ = load_model(folder / "ppo" / "policy.pt")
+    beta, held_out = read_json(folder / "flags.json")["beta"], world.prompts()[1]
+    ref = evaluate.exact_logps(models["sft"], held_out)
+    rows = {"optimum": evaluate.optimum(ref, beta, beta)}
+    for title, name in (("reference", "sft"), ("DPO", "dpo"), ("PPO", "ppo")):
+        logps = evaluate.exact_logps(models[name], held_out)
+        rows[title] = evaluate.measure(logps, ref, beta)
+    return rows
 
 
-def test_a_second_call_trains_nothing_and_other_settings_are_refused(compared):
-    folder, out = compared
-    times = {f: f.stat().st_mtime for f in (folder / "rlhf").rglob("*.pt")}
-    assert len(times) == len(rlhf.STAGES)
-    code, again, _ = run_rlhf(folder, "--samples", "512")
-    assert code == 0 and times == {f: f.stat().st_mtime for f in times}
-    assert again.split("Done in")[0] == out.split("Done in")[0], "the same figures and the same samples"
-    code, _, err = run_rlhf(folder, "--samples", "1024")
-    assert code != 0 and "remove that folder" in err and "Traceback" not in err
-    file = folder / "rlhf" / "settings.json"               # stages of a reader who has since changed a default in Settings
-    known = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps(known | {"lr": 0.5}), encoding="utf-8")
-    code, _, err = run_rlhf(folder, "--samples", "512")
-    file.write_text(json.dumps(known), encoding="utf-8")
-    assert code != 0 and f"lr = 0.5, not {rlhf.Settings.lr}" in err and "clip" not in err
+def test_the_command_prints_the_four_side_by_side(learned_run):
+    """Reference, DPO, RLHF and optimum, in this order. Each line has the numbers of its policy,
+    measured again from the files that were written."""
+    folder, out = learned_run
+    rows = measured(folder)
+    table = out.strip().split("\n\n")[0].splitlines()
+    assert [line.split()[0] for line in table[1:]] == ["reference", "DPO", "PPO", "optimum"]
+    for line in table[1:]:
+        row = rows[line.split()[0]]
+        assert line.split()[-6:] == [
+            f"{row['reward']:.3f}", f"{row['kl']:.3f}", f"{row['objective']:.3f}",
+            f"{row['win_rate']:.1%}", f"{row['wellformed']:.1%}", f"{row['objective_all']:.3f}"]
+    assert "with their true rewards" in out and str(folder / "ppo" / "policy.pt") in out
 
 
-@pytest.mark.parametrize("flags, message", [({"annotator": "ai"}, "human labels"), ({"data": "pairs.jsonl"}, "toy world")])
-def test_a_run_that_cannot_be_compared_is_refused(small_run, tmp_path, flags, message):
-    import shutil
-    shutil.copytree(small_run, tmp_path / "run")
-    known = json.loads((tmp_path / "run" / "flags.json").read_text(encoding="utf-8"))
-    (tmp_path / "run" / "flags.json").write_text(json.dumps(known | flags), encoding="utf-8")
+def test_the_commands_table_agrees_with_the_runs_summary(learned_run):
+    folder, _ = learned_run
+    rows, summary = measured(folder), read_json(folder / "summary.json")
+    for title, row in (("reference", "reference"), ("DPO", "dpo"), ("optimum", "same_beta")):
+        for column, value in rows[title].items():
+            assert value == summary[evaluate.summary_key(row, column)], (title, column)
+
+
+def test_the_learned_policy_is_not_above_the_frontier(learned_run):
+    """Its reward is at most the best reward at its KL (1e-6), and its J at most that of pi*."""
+    folder, _ = learned_run
+    rows = measured(folder)
+    _, _, models = load_run(folder)
+    ref = world.normalise(evaluate.exact_logps(models["sft"], world.prompts()[1]))
+    r = evaluate.held_out_rewards()
+    row = rows["PPO"]
+    star = world.optimal_policy(ref, r, world.beta_at_kl(ref, r, row["kl"]))
+    assert row["reward"] <= world.expected(star, r).mean().item() + 1e-6
+    assert row["objective"] <= rows["optimum"]["objective"] + 1e-9
+    assert row["kl"] > 1e-4, "the policy has not moved"
+
+
+def test_the_command_keeps_the_policy_and_how_it_was_learned(learned_run, small_run):
+    """DIR/ppo holds the policy with its settings and its reference, and the reward model's
+    metrics, which begin with ln 2. The files of the run itself stay as they were."""
+    folder, _ = learned_run
+    before, after = contents(small_run), contents(folder)
+    new = {str(file) for file in after.keys() - before.keys()}
+    assert new == {os.path.join("ppo", "policy.pt"), os.path.join("ppo", "metrics.jsonl")}
+    assert all(after[file] == before[file] for file in before)
+    _, facts = load_model(folder / "ppo" / "policy.pt")
+    assert facts["reference"] == fingerprint(load_model(folder / "sft.pt")[0])
+    assert facts["settings"]["samples"] == 512 and facts["settings"]["beta"] == 1.0
+    metrics = read_jsonl(folder / "ppo" / "metrics.jsonl")
+    assert {row["stage"] for row in metrics} == {"reward"}
+    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert metrics[0]["accuracy"] == 0.5
+    assert metrics[-1]["step"] == 15, "256 pairs in batches of 64, 4 epochs"
+
+
+def test_a_learned_policy_is_not_overwritten(learned_run):
+    folder, _ = learned_run
+    before = contents(folder)
+    code, out, err = run_rlhf(folder, "--samples", "512")
+    assert code != 0 and "not overwritten" in err and "Traceback" not in err and not out
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("flags, message", [
+    ({"annotator": "ai"}, "--annotator ai.*human labels"),
+    ({"annotator": "length"}, "--annotator length.*human labels"),
+    ({"data": "pairs.jsonl"}, "--data.*toy world"),
+])
+def test_a_run_without_a_known_optimum_is_refused(small_run, tmp_path, flags, message):
+    folder = tmp_path / "run"
+    shutil.copytree(small_run, folder)
+    write_json(read_json(folder / "flags.json") | flags, folder / "flags.json")
     with pytest.raises(SystemExit, match=message):
-        rlhf.Run(tmp_path / "run")
+        rlhf.main([str(folder), "--samples", "512"])
+    assert not (folder / "ppo").exists()
+    with pytest.raises(SystemExit, match=message):
+        load_toy_run(folder)
     with pytest.raises(SystemExit, match="no finished run"):
-        rlhf.Run(tmp_path)
+        rlhf.main([str(tmp_path)])
 
 
-def test_the_learned_rewards_optimum_is_exact_and_best_of_n_is_ranked_by_it(compared):
-    """Two rows from their definitions: pi ~ ref exp(r_learned/beta), measured with r*; best of 16 of the reference by r_learned."""
-    run = rlhf.Run(compared[0])
-    rows = json.loads((run.folder / "rlhf.json").read_text(encoding="utf-8"))["rows"]
-    ref, r = world.normalise(evaluate.exact_logps(run.reference, run.held_out)), evaluate.held_out_rewards()
-    learned = rlhf.all_scores(run.reward_model("reward-human"), run.held_out)
-    tilted = torch.softmax(ref + learned / run.beta, -1)
-    assert rows["optimum-learned"]["reward"] == pytest.approx((tilted * r).sum(-1).mean().item(), abs=1e-9)
-    best = torch.stack([tabular.best_of_n(q, s, 16).exp() for q, s in zip(ref, learned)])
-    assert rows["best-of-16"]["reward"] == pytest.approx((best * r).sum(-1).mean().item(), abs=1e-9)
+def test_too_few_samples_are_refused_before_anything_is_trained(small_run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(small_run, folder)
+    with pytest.raises(SystemExit):
+        rlhf.main([str(folder), "--samples", "511"])
+    assert "--samples 511 must be at least 512" in capsys.readouterr().err
+    assert not (folder / "ppo").exists()

@@ -1,95 +1,188 @@
-"""train.py and evaluate.py: the whole run in small, resuming, the assumptions of DPO, users' data, bad flags."""
+"""train.py, evaluate.py and a run's folder: the whole run in small, resuming, the assumptions of
+DPO, users' data, and flags that mean nothing."""
 import copy
+import inspect
 import json
 import math
 import shutil
+import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import data
 import evaluate
+import support.run
 import train
 import world
-from dpo import dpo_loss, pair_logps
-from model import GPT, GPTConfig, load_model, save_model
+from dpo import pair_logps
+from model import GPT, GPTConfig
+from support import flags, show
+from support.checkpoints import load_model, save_model
+from support.files import atomic, read_json, read_jsonl, write_json
+from support.run import Run, load_run
 
-SMALL = ["--pairs", "256", "--epochs", "1", "--batch-size", "32", "--n-embd", "32", "--device", "cpu"]
+SMALL = ["--pairs", "256", "--epochs", "1", "--batch-size", "32", "--n-embd", "32",
+         "--device", "cpu"]
 
 
-def lines(run, stage, key="loss"):
-    return [r for r in evaluate.read_jsonl(run / "metrics.jsonl") if r["stage"] == stage and key in r]
+def lines(folder, stage, key="loss"):
+    """What a run has recorded of a stage: the lines of metrics.jsonl that hold this key."""
+    rows = read_jsonl(folder / "metrics.jsonl")
+    return [row for row in rows if row["stage"] == stage and key in row]
+
+
+def summary_of(folder):
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
 def same_weights(a, b):
-    return all(torch.equal(p, q) for p, q in zip(load_model(a)[0].parameters(), load_model(b)[0].parameters()))
+    weights = load_model(a)[0].parameters(), load_model(b)[0].parameters()
+    return all(torch.equal(p, q) for p, q in zip(*weights, strict=True))
+
+
+@pytest.fixture
+def copied_run(small_run, tmp_path):
+    """A copy of the small run that a test may change."""
+    shutil.copytree(small_run, tmp_path / "copy")
+    return tmp_path / "copy"
 
 
 # ---- The toy run
 
+# What others may rely on in the summary of a toy run.
+PROMISED = {"ref_reward", "policy_reward", "policy_kl", "policy_wellformed",
+            "optimal_reward_same_kl", "optimal_reward_same_beta", "optimal_kl_same_beta",
+            "objective", "objective_optimal", "win_rate", "seconds"}
+ROWS = ["reference", "plain", "dpo", "same_kl", "same_beta"]
+COLUMNS = ["reward", "kl", "objective", "win_rate", "wellformed", "objective_all"]
+BESIDE_THE_TABLE = {"beta", "captured", "plain_captured", "optimal_beta_same_kl",
+                    "objective_all_optimal", "label_ceiling", "ref_kl_from_grammar", "seconds"}
+
+
 def test_run_writes_everything_it_promises(small_run):
     files = {f.name for f in small_run.iterdir()}
-    assert files == {"sft.pt", "plain.pt", "dpo.pt", "metrics.jsonl", "summary.json", "flags.json", "curves.png", "frontier.png"}
-    summary = json.loads((small_run / "summary.json").read_text(encoding="utf-8"))
-    promised = {"ref_reward", "policy_reward", "policy_kl", "policy_wellformed", "optimal_reward_same_kl", "optimal_kl_same_beta",
-                "optimal_reward_same_beta", "objective", "objective_optimal", "win_rate", "seconds"}
-    assert promised <= summary.keys() and all(math.isfinite(summary[k]) for k in promised)
+    assert files == {"sft.pt", "plain.pt", "dpo.pt", "metrics.jsonl", "summary.json",
+                     "flags.json", "curves.png", "frontier.png"}
+    summary = summary_of(small_run)
+    assert PROMISED <= summary.keys()
+    assert all(math.isfinite(summary[key]) for key in PROMISED)
+
+
+def test_the_summary_holds_every_number_once(small_run):
+    """Its keys are the cells of the table, and what stands beside the table, and nothing else.
+    Every key but flags holds one number. No number stands under two keys, except where two cells
+    must agree: J of the reference is its reward, since its KL is 0; the optimum at DPO's KL has
+    DPO's KL; a policy of well-formed text alone has a well-formed mass of 1."""
+    summary = summary_of(small_run)
+    cells = [evaluate.summary_key(row, column) for row in ROWS for column in COLUMNS]
+    assert len(set(cells)) == len(ROWS) * len(COLUMNS), "two cells share a name"
+    assert summary.keys() == {*cells, *BESIDE_THE_TABLE, "flags"}
+    numbers = {key: value for key, value in summary.items() if key != "flags"}
+    assert all(isinstance(value, float) for value in numbers.values())
+
+    assert numbers.pop("ref_objective") == numbers["ref_reward"]
+    assert numbers.pop("optimal_kl_same_kl") == pytest.approx(numbers["policy_kl"], abs=1e-9)
+    for key in ("optimal_wellformed_same_kl", "optimal_wellformed_same_beta"):
+        assert numbers.pop(key) == pytest.approx(1, abs=1e-12)
+    assert len(set(numbers.values())) == len(numbers), "a number stands in the summary twice"
+
+
+def test_a_summary_without_plain_dpo_has_no_row_for_it(small_run):
+    _, _, models = load_run(small_run)
+    del models["plain"]
+    summary = evaluate.toy_summary(models, 1.0)
+    assert summary.keys() == {key for key in summary_of(small_run) if "plain" not in key} - {
+        "flags", "seconds"}
+    assert "lain DPO" not in show.toy_table(summary, evaluate.summary_key)
 
 
 @pytest.mark.parametrize("stage", ["plain", "dpo"])
 def test_first_dpo_loss_is_ln2(small_run, stage):
-    """Step 0, before any update: policy = reference, loss ln 2 to 1e-6, rewards 0, accuracy 1/2 (float32)."""
+    """Step 0, before any update: the policy is the reference. The loss is ln 2 to 1e-6 (float32),
+    rewards are 0, the accuracy is 1/2."""
     first = lines(small_run, stage)[0]
     assert first["step"] == 0
-    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6), "is the reference in another mode, or another model?"
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6), \
+        "is the reference in another mode, or is it another model?"
     assert abs(first["rewards/margins"]) < 1e-5 and abs(first["missing_mass"]) < 1e-5
     exact = lines(small_run, stage, "wellformed")[0]
-    assert exact["step"] == 0 and abs(exact["kl"]) < 1e-9, "the measurement called step 0 was made after an update"
+    assert exact["step"] == 0
+    assert abs(exact["kl"]) < 1e-9, "the measurement of step 0 was made after an update"
 
 
 def test_metrics_have_their_glossary_names(small_run):
-    keys = {"loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
-            "logps/rejected", "grad_norm", "lr", "pairs_per_second", "missing_mass"}
-    for record in lines(small_run, "dpo"):
-        assert keys <= record.keys()
-        assert record["rewards/margins"] == pytest.approx(record["rewards/chosen"] - record["rewards/rejected"], abs=1e-4)
+    keys = {"loss", "rewards/chosen", "rewards/rejected", "rewards/margins",
+            "rewards/accuracies", "rewards/ceiling", "logps/chosen", "logps/rejected",
+            "grad_norm", "lr", "pairs_per_second", "missing_mass"}
+    for row in lines(small_run, "dpo"):
+        assert keys <= row.keys()
+        difference = row["rewards/chosen"] - row["rewards/rejected"]
+        assert row["rewards/margins"] == pytest.approx(difference, abs=1e-4)
+
+
+def test_the_policy_is_measured_on_its_way(small_run):
+    """256 pairs in batches of 32 are 8 steps. The shares of train.MEASURE_AT fall on these."""
+    for stage in ("plain", "dpo"):
+        steps = [row["step"] for row in lines(small_run, stage, "wellformed")]
+        assert steps == [0, 1, 2, 5, 8]
+        last = lines(small_run, stage, "wellformed")[-1]
+        row = "dpo" if stage == "dpo" else "plain"
+        for column in COLUMNS:
+            assert last[column] == summary_of(small_run)[evaluate.summary_key(row, column)]
 
 
 def test_the_ceiling_beside_the_accuracy_is_the_annotators_own(small_run):
-    """Against 40,000 labels: their share that agrees with the annotator's score, within 4 standard errors, per annotator."""
-    assert lines(small_run, "dpo")[0]["rewards/ceiling"] == pytest.approx(evaluate.annotator_ceiling("human"), abs=1e-6)
+    """For each annotator, the share of 40,000 labels that agree with its score, within 4 standard
+    errors."""
+    logged = lines(small_run, "dpo")[0]["rewards/ceiling"]
+    assert logged == pytest.approx(evaluate.annotator_ceiling("human"), abs=1e-6)
     for name, score in world.ANNOTATORS.items():
-        pairs = data.make_preferences(40000, name, seed=2)
-        difference = torch.tensor([score(p.prompt, p.chosen) - score(p.prompt, p.rejected) for p in pairs])
-        agrees = ((difference > 1e-9) + 0.5 * (difference.abs() <= 1e-9)).mean().item()
-        assert abs(agrees - evaluate.annotator_ceiling(name)) < 4 * 0.5 / 40000 ** 0.5, name
+        differences = []
+        for pair in data.make_preferences(40000, name, seed=2):
+            difference = score(pair.prompt, pair.chosen) - score(pair.prompt, pair.rejected)
+            differences.append(difference)
+        difference = torch.tensor(differences)
+        tie = difference.abs() <= 1e-9
+        agrees = ((difference > 1e-9) + 0.5 * tie).mean().item()
+        error = abs(agrees - evaluate.annotator_ceiling(name))
+        assert error < 4 * 0.5 / 40000 ** 0.5, name
 
 
 def test_summary_against_a_brute_force_of_one_prompt(small_run):
-    """The table's figures again, for the mean over held-out prompts, by plain sums over the 2,304 responses."""
-    summary = json.loads((small_run / "summary.json").read_text(encoding="utf-8"))
-    _, _, models = evaluate.load_run(small_run)
+    """The numbers of the table once more, means over the held-out prompts, by plain sums over the
+    2,304 responses."""
+    summary = summary_of(small_run)
+    beta = summary["beta"]
+    _, _, models = load_run(small_run)
     _, held_out = world.prompts()
-    ref, pi = (evaluate.exact_logps(models[k], held_out).exp().tolist() for k in ("sft", "dpo"))
+    ref = evaluate.exact_logps(models["sft"], held_out).exp().tolist()
+    policy = evaluate.exact_logps(models["dpo"], held_out).exp().tolist()
     reward = kl = mass = best = 0.0
-    for x, q, p in zip(held_out, ref, pi):
-        r = [world.true_reward(x, y) for y in world.responses()]
-        mq, mp = math.fsum(q), math.fsum(p)
-        reward += math.fsum(a / mp * b for a, b in zip(p, r)) / 8
-        kl += math.fsum(a / mp * math.log(a / mp / (b / mq)) for a, b in zip(p, q)) / 8
-        mass += mp / 8
-        best += summary["beta"] * math.log(math.fsum(b / mq * math.exp(c / summary["beta"]) for b, c in zip(q, r))) / 8
+    for prompt, q, p in zip(held_out, ref, policy):
+        r = [world.true_reward(prompt, response) for response in world.responses()]
+        mass_q, mass_p = math.fsum(q), math.fsum(p)
+        q = [b / mass_q for b in q]
+        p = [a / mass_p for a in p]
+        reward += math.fsum(a * c for a, c in zip(p, r)) / 8
+        kl += math.fsum(a * math.log(a / b) for a, b in zip(p, q)) / 8
+        mass += mass_p / 8
+        z = math.fsum(b * math.exp(c / beta) for b, c in zip(q, r))
+        best += beta * math.log(z) / 8
     assert summary["policy_reward"] == pytest.approx(reward, abs=1e-9)
     assert summary["policy_kl"] == pytest.approx(kl, abs=1e-9)
     assert summary["policy_wellformed"] == pytest.approx(mass, abs=1e-9)
-    assert summary["objective"] == pytest.approx(reward - summary["beta"] * kl, abs=1e-9)
-    assert summary["objective_optimal"] == pytest.approx(best, abs=1e-9), "J(pi*) = beta log Z (Eq. 4, claim 1)"
+    assert summary["objective"] == pytest.approx(reward - beta * kl, abs=1e-9)
+    assert summary["objective_optimal"] == pytest.approx(best, abs=1e-9), \
+        "J(pi*) = beta log Z (Eq. 4, claim 1)"
     assert summary["objective"] < summary["objective_optimal"]
     assert summary["policy_reward"] < summary["optimal_reward_same_kl"] + 1e-9
 
 
 def test_objective_over_all_text_never_beats_its_optimum(small_run):
-    s = json.loads((small_run / "summary.json").read_text(encoding="utf-8"))
+    s = summary_of(small_run)
     assert s["objective_all"] < s["objective_all_optimal"] < s["objective_optimal"] + 1e-9
 
 
@@ -100,258 +193,467 @@ def test_a_finished_run_is_not_overwritten(small_run):
     assert (small_run / "dpo.pt").read_bytes() == before
 
 
-def test_evaluating_again_gives_the_same_summary(small_run, tmp_path, capsys):
-    run = tmp_path / "copy"
-    shutil.copytree(small_run, run)
-    before = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    again = evaluate.report(run)
-    assert again == {k: v for k, v in before.items() if k != "seconds"}
+def test_evaluating_again_gives_the_same_summary(copied_run, capsys):
+    before = summary_of(copied_run)
+    again = evaluate.report(copied_run)
+    assert again == {key: value for key, value in before.items() if key != "seconds"}
     printed = capsys.readouterr().out
-    assert f"{again['policy_reward']:.3f}" in printed and "optimum at DPO's KL" in printed and "with their true rewards" in printed
+    assert f"{again['policy_reward']:.3f}" in printed
+    assert "optimum at DPO's KL" in printed and "with their true rewards" in printed
+
+
+def test_the_command_that_evaluates_writes_the_same_summary(copied_run, monkeypatch):
+    """`python evaluate.py DIR` keeps the seconds that the training took, and draws the figures."""
+    before = (copied_run / "summary.json").read_bytes()
+    (copied_run / "curves.png").unlink()
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(copied_run)])
+    evaluate.main()
+    assert (copied_run / "summary.json").read_bytes() == before
+    assert (copied_run / "curves.png").stat().st_size > 20_000
 
 
 def test_own_prompt_is_answered_by_both_models(small_run, capsys):
-    _, tokenizer, models = evaluate.load_run(small_run)
-    evaluate.show_answers(models, tokenizer, "Is this a film?")
+    _, tokenizer, models = load_run(small_run)
+    show.answers(models, tokenizer, "Is this a film?")
     printed = capsys.readouterr().out
     assert "reference" in printed and "plain DPO" in printed
     with pytest.raises(SystemExit, match="tokens"):
-        evaluate.show_answers(models, tokenizer, "x" * 500)
+        show.answers(models, tokenizer, "x" * 500)
 
 
-def test_a_policy_is_not_measured_against_another_reference(small_run, tmp_path):
-    run = tmp_path / "copy"
-    shutil.copytree(small_run, run)
-    save_model(load_model(run / "dpo.pt")[0], run / "sft.pt", tokenizer="toy")
+def test_a_policy_is_not_measured_against_another_reference(copied_run):
+    save_model(load_model(copied_run / "dpo.pt")[0], copied_run / "sft.pt", tokenizer="toy")
     with pytest.raises(SystemExit, match="another reference"):
-        evaluate.load_run(run)
+        load_run(copied_run)
+
+
+def test_a_folder_without_a_run_says_how_to_make_one(tmp_path):
+    with pytest.raises(SystemExit, match="python train.py --out-dir"):
+        load_run(tmp_path)
 
 
 # ---- Resuming
 
-def test_a_resumed_run_is_the_uninterrupted_run(small_run, tmp_path, monkeypatch):
-    """Interrupted in SFT and again in DPO, continued each time: the same weights to the bit, the same metrics."""
-    monkeypatch.setattr(train, "SFT_TEXTS", 640)
-    monkeypatch.setattr(train, "SAVE_EVERY", 3)
-    run, original = tmp_path / "run", train.lr_at
-    calls = {"left": 14}
+def without_speed(rows):
+    return [{key: value for key, value in row.items() if not key.endswith("per_second")}
+            for row in rows]
 
-    def die(step, total, peak):
-        calls["left"] -= 1
-        if calls["left"] == 0:
+
+def test_a_resumed_run_is_the_uninterrupted_run(small_run, tmp_path, monkeypatch):
+    """Four interruptions, each in the middle of a step: in SFT; in plain DPO before anything was
+    saved and after that; in DPO. The run goes on each time. In the end weights, metrics and
+    summary are those of a run that nobody interrupted, to the bit."""
+    monkeypatch.setattr(train, "SFT_TEXTS", 640)
+    monkeypatch.setattr(support.run, "SAVE_EVERY", 3)
+    monkeypatch.setattr(support.run, "LOG_EVERY", 3)
+    train.main(["--out-dir", str(tmp_path / "whole"), *SMALL])
+    run = tmp_path / "run"
+    command, clip = ["--out-dir", str(run), *SMALL], train.clip_grad_norm_
+    steps_left = 14  # 20 steps of SFT, 8 of plain DPO and 8 of DPO are ahead
+
+    def die_in_time(*args):
+        nonlocal steps_left
+        steps_left -= 1
+        if steps_left == 0:
             raise KeyboardInterrupt
-        return original(step, total, peak)
-    monkeypatch.setattr(train, "lr_at", die)
-    with pytest.raises(KeyboardInterrupt):
-        train.main(["--out-dir", str(run), *SMALL])
-    assert (run / "state.pt").exists() and not (run / "sft.pt").exists()
-    calls["left"] = 20
+        return clip(*args)
+
+    def saved():
+        state = torch.load(run / "state.pt", weights_only=True)
+        return state["stage"], state["step"]
+    monkeypatch.setattr(train, "clip_grad_norm_", die_in_time)
+
+    with pytest.raises(KeyboardInterrupt):  # step 13 of SFT
+        train.main(command)
+    assert saved() == ("sft", 12) and not (run / "sft.pt").exists()
     with pytest.raises(SystemExit, match="--resume"):
-        train.main(["--out-dir", str(run), *SMALL])
+        train.main(command)
     with pytest.raises(SystemExit, match="--seed was 0, is 1"):
-        train.main(["--out-dir", str(run), "--resume", *SMALL, "--seed", "1"])
+        train.main([*command, "--resume", "--seed", "1"])
+
+    steps_left = 8 + 2  # steps 12 to 19 of SFT, then step 1 of plain DPO
     with pytest.raises(KeyboardInterrupt):
-        train.main(["--out-dir", str(run), "--resume", *SMALL])
-    calls["left"] = -1
-    train.main(["--out-dir", str(run), "--resume", *SMALL])
+        train.main([*command, "--resume"])
+    assert (run / "sft.pt").exists() and not (run / "state.pt").exists()
+
+    steps_left = 5  # step 4 of plain DPO
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*command, "--resume"])
+    assert saved() == ("plain", 3) and not (run / "plain.pt").exists()
+
+    steps_left = 5 + 8  # steps 3 to 7 of plain DPO, then step 7 of DPO
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*command, "--resume"])
+    assert saved() == ("dpo", 6) and (run / "plain.pt").exists()
+
+    steps_left = -1
+    train.main([*command, "--resume"])
+    assert not (run / "state.pt").exists()
     for name in ("sft.pt", "plain.pt", "dpo.pt"):
-        assert same_weights(run / name, small_run / name), f"{name} differs from that of the uninterrupted run"
+        assert same_weights(run / name, tmp_path / "whole" / name), f"{name} is another one"
+        assert same_weights(run / name, small_run / name), "how often a run saves has an effect"
+    metrics = read_jsonl(run / "metrics.jsonl")
+    assert without_speed(metrics) == without_speed(read_jsonl(tmp_path / "whole/metrics.jsonl"))
     for stage in ("sft", "plain", "dpo"):
-        a, b = lines(run, stage), lines(small_run, stage)
-        assert [r["step"] for r in a] == sorted({r["step"] for r in a}), "a step is logged twice"
-        assert a[-1]["step"] == b[-1]["step"]
+        steps = [row["step"] for row in lines(run, stage)]
+        assert steps == sorted(set(steps)), "a step is logged twice"
+    seconds = {"seconds": 0}
+    assert summary_of(run) | seconds == summary_of(tmp_path / "whole") | seconds
+
+
+# ---- The run's folder
+
+def one_weight():
+    """The smallest model and an optimizer for it: what Run.steps saves and sets."""
+    model = torch.nn.Linear(1, 1)
+    return model, torch.optim.SGD(model.parameters(), lr=2.0)
+
+
+@given(st.integers(1, 60), st.integers(1, 12), st.integers(1, 15), st.integers(1, 2))
+def test_steps_go_through_the_plan_once_in_shares_that_add_up(
+        tmp_path_factory, n, batch_size, accumulate, n_epochs):
+    """Every batch of the plan comes once, in order, in at most `accumulate` parts. A part's share
+    is its part of the batch, so the shares add up to 1. What is logged for the parts is written
+    as a mean over the batch (1e-5, float32), and the learning rate is that of the step."""
+    run = Run(tmp_path_factory.mktemp("run"))
+    model, optimizer = one_weight()
+    plan = data.epochs([1] * n, batch_size, seed=0, n=n_epochs)
+    went_through, means = [], []
+    for step, parts in run.steps("some", model, optimizer, plan, accumulate):
+        assert step == len(went_through)
+        assert 1 <= len(parts) <= accumulate and all(indices for _, indices in parts)
+        batch = sum([indices for _, indices in parts], [])
+        assert sum(share for share, _ in parts) == pytest.approx(1, abs=1e-12)
+        for share, indices in parts:
+            assert share == len(indices) / len(batch)
+            run.log(share, loss=torch.tensor(indices).float().mean())
+        rates = {group["lr"] for group in optimizer.param_groups}
+        assert rates == {support.run.lr_at(step, len(plan), 2.0)}
+        went_through.append(batch)
+        means.append(sum(batch) / len(batch))
+    assert went_through == plan
+    for epoch in range(n_epochs):
+        per_epoch = len(plan) // n_epochs
+        once = sum(plan[epoch * per_epoch:(epoch + 1) * per_epoch], [])
+        assert sorted(once) == list(range(n))
+    # a line covers the steps since the line before
+    since = 0
+    for row in lines(run.folder, "some"):
+        covered = means[since:row["step"] + 1]
+        assert row["loss"] == pytest.approx(sum(covered) / len(covered), abs=1e-5)
+        since = row["step"] + 1
+    assert since == len(plan), "the last steps are not logged"
+    assert not run.state.exists()
+
+
+def test_steps_continue_where_the_state_was_saved(tmp_path, monkeypatch):
+    """And another stage's state is left alone: its steps begin with 0."""
+    monkeypatch.setattr(support.run, "SAVE_EVERY", 4)
+    plan = [[i] for i in range(10)]
+    run, (model, optimizer) = Run(tmp_path), one_weight()
+    for step, _ in run.steps("first", model, optimizer, plan):
+        torch.nn.init.constant_(model.weight, step)
+        if step == 6:
+            break
+    run = Run(tmp_path)
+    assert next(run.steps("second", *one_weight(), plan))[0] == 0
+    model, optimizer = one_weight()
+    rest = run.steps("first", model, optimizer, plan)
+    assert next(rest)[0] == 4
+    assert model.weight.item() == 3, "the weights after step 3 belong to the state of step 4"
+    assert [step for step, _ in rest] == [5, 6, 7, 8, 9]
+
+
+def test_an_error_while_writing_leaves_the_old_file(tmp_path):
+    """Whoever reads while it is written, or after an error, finds the old content whole."""
+    file = tmp_path / "a.json"
+    write_json({"version": 1}, file)
+    with pytest.raises(KeyboardInterrupt):
+        with atomic(file) as beside:
+            beside.write_text('{"version"', encoding="utf-8")
+            assert read_json(file) == {"version": 1}
+            raise KeyboardInterrupt
+    assert read_json(file) == {"version": 1}
+    with pytest.raises(TypeError):
+        write_json({"version": torch.zeros(1)}, file)
+    assert read_json(file) == {"version": 1}
+    with pytest.raises(KeyboardInterrupt):
+        with atomic(tmp_path / "new.json"):
+            raise KeyboardInterrupt
+    assert not (tmp_path / "new.json").exists()
+    write_json({"version": 2}, file)
+    assert read_json(file) == {"version": 2}
+    assert [f.name for f in tmp_path.iterdir()] == ["a.json"], "something half-written was left"
 
 
 # ---- DPO's assumptions
 
 @pytest.fixture
 def tiny():
-    """A reference, a policy begun from it, 24 toy pairs and the reference's log-probs of them."""
+    """A reference, a policy begun from it, 24 toy pairs, and the reference's log-probabilities of
+    them."""
     torch.manual_seed(0)
     tokenizer = data.get_tokenizer("toy")
     examples, _ = data.tokenize(data.make_preferences(24), tokenizer)
-    reference = GPT(GPTConfig(block_size=64, vocab_size=tokenizer.n_vocab, n_layer=1, n_head=2, n_embd=32, dropout=0.3))
+    reference = GPT(GPTConfig(block_size=64, vocab_size=tokenizer.n_vocab, n_layer=1, n_head=2,
+                              n_embd=32, dropout=0.3))
     reference.eval().requires_grad_(False)
-    return reference, copy.deepcopy(reference).requires_grad_(True), examples, train.reference_logps(reference, examples, 7, "cpu")
+    policy = copy.deepcopy(reference).requires_grad_(True)
+    return reference, policy, examples, train.reference_logps(reference, examples, 7)
 
 
-def dpo_args(tmp_path, *more):
-    return train.parse_args(["--out-dir", str(tmp_path), "--epochs", "2", "--batch-size", "8", "--lr", "1e-2", *more])
+def train_in(folder, policy, examples, ref_logps, **settings):
+    """Train a policy on the pairs of `tiny`. The run's folder is `folder`."""
+    usual = {"beta": 1.0, "epochs": 2, "batch_size": 8, "lr": 1e-2, "seed": 0}
+    train.train_dpo(policy, examples, ref_logps, Run(folder), **usual | settings)
 
 
 def test_reference_logps_belong_to_their_examples(tiny):
-    """Row by row, one example at a time, whatever order the cache was filled in (1e-5)."""
+    """Row by row, one example at a time, in whatever order they were computed (1e-5)."""
     reference, _, examples, (chosen, rejected) = tiny
-    for i, e in enumerate(examples):
-        w, l = pair_logps(reference, data.collate([e]))
-        assert abs(w.item() - chosen[i].item()) < 1e-5 and abs(l.item() - rejected[i].item()) < 1e-5, f"row {i}"
+    for i, example in enumerate(examples):
+        w, l = pair_logps(reference, data.collate([example]))
+        assert abs(w.item() - chosen[i].item()) < 1e-5, f"row {i}"
+        assert abs(l.item() - rejected[i].item()) < 1e-5, f"row {i}"
 
 
 def test_training_is_offline_and_leaves_the_reference_alone(tiny, tmp_path, monkeypatch):
-    """No sample is drawn, no weight of the reference moves or is shared, and the policy does move."""
+    """No sample is drawn. No weight of the reference moves or is shared. The policy does move."""
     reference, policy, examples, ref_logps = tiny
-    monkeypatch.setattr(GPT, "generate", lambda *a, **k: pytest.fail("DPO is offline: training must not sample"))
+
+    def no_samples(*args, **kwargs):
+        pytest.fail("DPO is offline: training must not sample")
+    monkeypatch.setattr(GPT, "generate", no_samples)
     before = copy.deepcopy(reference.state_dict())
-    train.train_dpo("dpo", policy, examples, ref_logps, dpo_args(tmp_path), train.Log(tmp_path / "metrics.jsonl"), 0.1, 0.0)
-    assert all(torch.equal(v, before[k]) for k, v in reference.state_dict().items())
-    assert not {p.data_ptr() for p in reference.parameters()} & {p.data_ptr() for p in policy.parameters()}
-    assert not any(torch.equal(p, q) for (n, p), q in zip(policy.named_parameters(), reference.parameters()) if "c_fc.weight" in n)
+    train_in(tmp_path, policy, examples, ref_logps, norm_weight=0.1)
+    for name, weight in reference.state_dict().items():
+        assert torch.equal(weight, before[name]), name
+    in_reference = {p.data_ptr() for p in reference.parameters()}
+    assert not in_reference & {p.data_ptr() for p in policy.parameters()}
+    for (name, p), q in zip(policy.named_parameters(), reference.parameters()):
+        assert "c_fc.weight" not in name or not torch.equal(p, q), "the policy does not move"
 
 
 def test_dropout_is_off_in_both_models(tiny, tmp_path):
-    """Claim 45: with dropout 0.3 configured and the policy handed over in train mode, step 0 is still ln 2 to 1e-6."""
+    """Claim 45: the model has dropout 0.3, and the policy arrives in train mode. The loss of step
+    0 is still ln 2, to 1e-6."""
     _, policy, examples, ref_logps = tiny
-    log = train.Log(tmp_path / "metrics.jsonl")
-    train.train_dpo("dpo", policy.train(), examples, ref_logps, dpo_args(tmp_path), log, 0.0, 0.0)
+    train_in(tmp_path, policy.train(), examples, ref_logps)
     assert lines(tmp_path, "dpo")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_the_cached_reference_is_what_training_uses(tiny, tmp_path):
-    """Poison the cache and the first loss changes to what the poison makes it."""
+    """Change the cache, and the first loss changes as the change says."""
     _, policy, examples, (chosen, rejected) = tiny
-    train.train_dpo("dpo", policy, examples, (chosen - 1, rejected), dpo_args(tmp_path), train.Log(tmp_path / "metrics.jsonl"), 0, 0)
-    assert lines(tmp_path, "dpo")[0]["loss"] == pytest.approx(math.log1p(math.exp(-1.0)), abs=1e-5), "beta = 1, margin 1"
+    train_in(tmp_path, policy, examples, (chosen - 1, rejected))
+    loss = lines(tmp_path, "dpo")[0]["loss"]
+    assert loss == pytest.approx(math.log1p(math.exp(-1.0)), abs=1e-5), "beta = 1, h = 1"
+
+
+# At beta h = 1/2: -log sigma(beta h) = log(1 + exp(-1/2)), and for the flipped label the same
+# with +1/2.
+RIGHT, FLIPPED = math.log1p(math.exp(-0.5)), math.log1p(math.exp(0.5))
+
+
+@pytest.mark.parametrize("loss, label_smoothing, want", [
+    ("sigmoid", 0.0, RIGHT),
+    ("cdpo", 0.0, RIGHT),
+    ("cdpo", 0.2, 0.8 * RIGHT + 0.2 * FLIPPED),
+    ("robust", 0.2, (0.8 * RIGHT - 0.2 * FLIPPED) / 0.6),
+    ("ipo", 0.0, (1 - 1 / (2 * 0.5)) ** 2),
+    ("hinge", 0.0, 1 - 0.5),
+])
+def test_the_settings_reach_the_loss(tiny, tmp_path, loss, label_smoothing, want):
+    """The first loss, with h = 1 and beta = 1/2, from the formula of each (1e-5)."""
+    _, policy, examples, (chosen, rejected) = tiny
+    train_in(tmp_path, policy, examples, (chosen - 1, rejected), beta=0.5, loss=loss,
+             label_smoothing=label_smoothing)
+    assert lines(tmp_path, "dpo")[0]["loss"] == pytest.approx(want, abs=1e-5)
 
 
 def test_accuracy_ranks_implicit_rewards_and_counts_ties_half(tiny, tmp_path):
-    """A policy with weights 0 finds every token equally likely, as its reference does: all margins tie, accuracy 1/2 and not
-    0. And against a reference of twice the log-probs, the log-ratios rank every pair the other way round than the
-    log-probs do."""
-    reference, policy, examples, (chosen, rejected) = tiny
+    """A policy whose weights are 0 finds every token equally likely, and so does its reference.
+    All margins are ties. The accuracy is 1/2, not 0.
 
-    def first_accuracy(name, policy, ref):
-        out = tmp_path / name
-        out.mkdir()
-        train.train_dpo("dpo", policy, examples, ref, dpo_args(out, "--batch-size", "24"), train.Log(out / "metrics.jsonl"), 0, 0)
-        return lines(out, "dpo")[0]["rewards/accuracies"]
+    A reference of twice the log-probabilities turns every ranking round: the log-ratios rank a
+    pair the other way than the log-probabilities do.
+    """
+    _, policy, examples, (chosen, rejected) = tiny
+
+    def first_accuracy(name, policy, ref_logps):
+        train_in(tmp_path / name, policy, examples, ref_logps, batch_size=24)
+        return lines(tmp_path / name, "dpo")[0]["rewards/accuracies"]
     uniform = copy.deepcopy(policy)
     with torch.no_grad():
         for p in uniform.parameters():
             p.zero_()
-    assert first_accuracy("ties", uniform, train.reference_logps(uniform, examples, 7, "cpu")) == 0.5, "ties count 1/2"
+    uniform_logps = train.reference_logps(uniform, examples, 7)
+    assert first_accuracy("ties", uniform, uniform_logps) == 0.5, "ties count 1/2"
     raw = (chosen > rejected).float().mean().item()
-    assert first_accuracy("twice", policy, (2 * chosen, 2 * rejected)) == pytest.approx(1 - raw, abs=0.01), \
-        "the accuracy is of raw log-probs: rank the log-ratios"
+    turned_round = first_accuracy("twice", policy, (2 * chosen, 2 * rejected))
+    assert turned_round == pytest.approx(1 - raw, abs=0.01), \
+        "this ranks log-probabilities; the implicit rewards are log-ratios"
     assert abs(raw - 0.5) > 0.02, "or the two could not be told apart"
 
 
 @pytest.mark.parametrize("weights", [(0.0, 0.0), (0.3, 0.2)])
 def test_eight_parts_of_one_are_one_batch_of_eight(tiny, tmp_path, weights, monkeypatch):
-    """Claim 46, with and without the two extra terms: every entry of the first step's gradient, 1e-6 of the largest."""
+    """Claim 46, with and without the two extra terms: every entry of the first step's gradient,
+    to 1e-6 of the largest."""
     _, policy, examples, ref_logps = tiny
-    clip, gradients = torch.nn.utils.clip_grad_norm_, []
+    norm_weight, nll_weight = weights
+    clip, gradients = train.clip_grad_norm_, []
 
     def record(parameters, limit):
         parameters = list(parameters)
         gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
         return clip(parameters, limit)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
+    monkeypatch.setattr(train, "clip_grad_norm_", record)
     first = []
-    for parts in ("1", "8", "3"):                      # 3: parts of 3, 3 and 2
-        out = tmp_path / parts
-        out.mkdir()
+    for parts in (1, 8, 3):  # 3: parts of 3, 3 and 2
         gradients.clear()
-        train.train_dpo("dpo", copy.deepcopy(policy), examples, ref_logps, dpo_args(out, "--accumulate", parts),
-                        train.Log(out / "metrics.jsonl"), *weights)
+        train_in(tmp_path / str(parts), copy.deepcopy(policy), examples, ref_logps,
+                 accumulate=parts, norm_weight=norm_weight, nll_weight=nll_weight)
         first.append(gradients[0].clone())
+    largest = first[0].abs().max()
+    assert largest > 0.1
     for other in first[1:]:
-        assert first[0].abs().max() > 0.1
-        assert (other - first[0]).abs().max() < 1e-6 * first[0].abs().max(), "weigh each part's loss by its share of the batch"
+        assert (other - first[0]).abs().max() < 1e-6 * largest, \
+            "weigh each part's loss by its share of the batch"
 
 
 def test_sft_weighs_texts_not_tokens(tmp_path):
-    """A batch of short texts and one of long ones must pull alike per text: the loss of a batch is the mean text's NLL."""
+    """Short texts and long texts pull alike: the loss of a batch is the mean of the texts'
+    negative log-likelihoods."""
     texts = [([65], [66] * n + [67]) for n in (2, 2, 9, 9)]
     model = GPT(GPTConfig(block_size=16, vocab_size=70, n_layer=1, n_head=1, n_embd=32))
-    args = train.parse_args(["--out-dir", str(tmp_path), "--sft-epochs", "1", "--sft-lr", "1e-9"])
-    train.train_sft(model, texts, args, train.Log(tmp_path / "metrics.jsonl"))
+    train.train_sft(model, texts, Run(tmp_path), epochs=1, batch_size=32, lr=1e-9, seed=0)
     expected = 0.0
-    for x, y in texts:
-        logps = torch.log_softmax(model(torch.tensor([x + y]))[0], -1)
-        expected -= sum(logps[len(x) - 1 + i, token].item() for i, token in enumerate(y)) / 4
+    for prompt, response in texts:
+        logps = torch.log_softmax(model(torch.tensor([prompt + response]))[0], -1)
+        for i, token in enumerate(response):
+            expected -= logps[len(prompt) - 1 + i, token].item() / 4
     assert lines(tmp_path, "sft")[0]["loss"] == pytest.approx(expected, abs=1e-3)
 
 
 def test_learning_rate_warms_up_and_goes_to_zero():
-    rates = [train.lr_at(step, 1000, 2.0) for step in range(1000)]
-    assert rates[0] == pytest.approx(2 / 30) and max(rates) == pytest.approx(2.0, rel=0.01) and rates[-1] < 1e-4
+    rates = [support.run.lr_at(step, 1000, 2.0) for step in range(1000)]
+    assert rates[0] == pytest.approx(2 / 30)
+    assert max(rates) == pytest.approx(2.0, rel=0.01) and rates[-1] < 1e-4
     assert rates.index(max(rates)) in range(25, 31)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tiny, tmp_path):
+    _, policy, examples, (chosen, rejected) = tiny
+    with pytest.raises(SystemExit, match="not finite"):
+        train_in(tmp_path, policy, examples, (chosen * math.nan, rejected))
 
 
 # ---- A user's data
 
 @pytest.fixture
 def user_file(tmp_path):
-    path = tmp_path / "mine.jsonl"
-    rows = [{"prompt": f"Question {i}:", "chosen": f" yes {i}", "rejected": f" no, {i}!"} for i in range(40)]
+    rows = []
+    for i in range(40):
+        rows.append({"prompt": f"Question {i}:", "chosen": f" yes {i}", "rejected": f" no, {i}!"})
     rows[7]["rejected"] = rows[7]["chosen"]
     rows[9]["chosen"] = "x" * 100
+    path = tmp_path / "mine.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return path
 
 
 def test_own_data_end_to_end(user_file, tmp_path, capsys):
     out = tmp_path / "run"
-    train.main(["--data", str(user_file), "--out-dir", str(out), "--n-layer", "1", "--n-embd", "32", "--max-length", "60",
-                "--device", "cpu", "--sft-epochs", "2", "--epochs", "4"])
+    train.main(["--data", str(user_file), "--out-dir", str(out), "--n-layer", "1",
+                "--n-embd", "32", "--max-length", "60", "--device", "cpu",
+                "--sft-epochs", "2", "--epochs", "4"])
     printed = capsys.readouterr().out
     assert "40 pairs; 35 to train on, 4 held out" in printed
     assert "1 rows have chosen == rejected" in printed and "line 8" in printed
     assert "1 train pairs are longer than --max-length 60" in printed and "line 10" in printed
     assert "'Question" in printed and "held out: 4 pairs" in printed
     assert lines(out, "dpo")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    assert summary["accuracy"][0] > 0.5 and summary["kl"][0] > 0 and summary["held_out_pairs"] == 4
+    summary = summary_of(out)
+    assert summary["accuracy"][0] > 0.5 and summary["kl"][0] > 0
+    assert summary["held_out_pairs"] == 4
     assert not (out / "plain.pt").exists() and not (out / "frontier.png").exists()
 
 
-def test_init_from_a_checkpoint_and_no_sft(user_file, tmp_path):
+def save_start(path, block_size):
+    """A checkpoint of an untrained model. Returns the model."""
     tokenizer = data.get_tokenizer("toy")
-    start = GPT(GPTConfig(block_size=128, vocab_size=tokenizer.n_vocab, n_layer=1, n_head=1, n_embd=32))
-    save_model(start, tmp_path / "start.pt")
-    common = ["--data", str(user_file), "--init", str(tmp_path / "start.pt"), "--sft-epochs", "0", "--epochs", "1", "--device", "cpu"]
+    model = GPT(GPTConfig(block_size=block_size, vocab_size=tokenizer.n_vocab, n_layer=1,
+                          n_head=1, n_embd=32))
+    save_model(model, path)
+    return model
+
+
+def test_init_from_a_checkpoint_and_no_sft(user_file, tmp_path):
+    save_start(tmp_path / "start.pt", block_size=128)
+    common = ["--data", str(user_file), "--init", str(tmp_path / "start.pt"),
+              "--sft-epochs", "0", "--epochs", "1", "--device", "cpu"]
     train.main([*common, "--out-dir", str(tmp_path / "run")])
-    assert same_weights(tmp_path / "run" / "sft.pt", tmp_path / "start.pt"), "with no SFT the given weights are the reference"
-    save_model(GPT(GPTConfig(block_size=32, vocab_size=tokenizer.n_vocab, n_layer=1, n_head=1, n_embd=32)), tmp_path / "start.pt")
+    assert same_weights(tmp_path / "run" / "sft.pt", tmp_path / "start.pt"), \
+        "without SFT the given weights are the reference"
+    save_start(tmp_path / "start.pt", block_size=32)
     with pytest.raises(SystemExit, match="--max-length 32"):
         train.main([*common, "--out-dir", str(tmp_path / "run2")])
 
 
 def test_a_row_that_cannot_be_used_ends_the_run_before_training(user_file, tmp_path):
-    user_file.write_text(user_file.read_text(encoding="utf-8") + '\n{"prompt": "x"}', encoding="utf-8")
+    text = user_file.read_text(encoding="utf-8")
+    user_file.write_text(text + '\n{"prompt": "x"}', encoding="utf-8")
     with pytest.raises(data.DataError, match="line 41"):
         train.main(["--data", str(user_file), "--out-dir", str(tmp_path / "run")])
 
 
-# ---- Flags
-
-@pytest.mark.parametrize("flags, message", [
-    (["--beta", "0"], "beta=0.0"), (["--label-smoothing", "0.6"], "0.6"), (["--n-embd", "50"], "multiple of 32"),
-    (["--epochs", "0"], "--epochs 0"), (["--tokenizer", "gpt2"], "needs --data"), (["--sft-epochs", "0"], "needs --init"),
-    (["--loss", "ipo", "--label-smoothing", "0.1"], "not defined"), (["--bta", "1"], "unrecognized")])
-def test_flags_that_mean_nothing_are_refused(flags, message, capsys):
-    with pytest.raises(SystemExit):
-        train.parse_args(flags)
-    assert message in capsys.readouterr().err
-
-
-def test_a_gradient_that_is_not_finite_stops_the_run(tiny, tmp_path):
-    _, policy, examples, (chosen, rejected) = tiny
-    with pytest.raises(SystemExit, match="not finite"):
-        train.train_dpo("dpo", policy, examples, (chosen * math.nan, rejected), dpo_args(tmp_path),
-                        train.Log(tmp_path / "metrics.jsonl"), 0.0, 0.0)
-
-
-def test_a_folder_without_a_run_says_how_to_make_one(tmp_path):
-    with pytest.raises(SystemExit, match="python train.py --out-dir"):
-        evaluate.load_run(tmp_path)
-
-
 def test_data_that_changed_after_training_are_refused(user_file, tmp_path):
-    """A changed file would be split anew, and what was trained on could be held out."""
+    """A changed file would be split anew. What was trained on could then be held out."""
     out = tmp_path / "run"
-    train.main(["--data", str(user_file), "--out-dir", str(out), "--n-layer", "1", "--n-embd", "32", "--device", "cpu",
-                "--sft-epochs", "1", "--epochs", "1"])
+    train.main(["--data", str(user_file), "--out-dir", str(out), "--n-layer", "1",
+                "--n-embd", "32", "--device", "cpu", "--sft-epochs", "1", "--epochs", "1"])
     user_file.write_text(user_file.read_text(encoding="utf-8") + "\n\n", encoding="utf-8")
     with pytest.raises(data.DataError, match="has changed"):
         evaluate.report(out)
+
+
+# ---- Flags
+
+@pytest.mark.parametrize("given_flags, message", [
+    (["--beta", "0"], "beta=0.0"),
+    (["--loss", "cdpo", "--label-smoothing", "0.6"], "0.6"),
+    (["--loss", "robust", "--label-smoothing", "0.5"], "0.5"),
+    (["--loss", "sigmoid", "--label-smoothing", "0.1"], "not defined for --loss sigmoid"),
+    (["--label-smoothing", "0.1"], "not defined for --loss sigmoid"),
+    (["--loss", "ipo", "--label-smoothing", "0.1"], "not defined for --loss ipo"),
+    (["--loss", "hinge", "--label-smoothing", "0.1"], "not defined for --loss hinge"),
+    (["--n-embd", "50"], "multiple of 32"),
+    (["--epochs", "0"], "--epochs 0"),
+    (["--tokenizer", "gpt2"], "needs --data"),
+    (["--sft-epochs", "0"], "needs --init"),
+    (["--bta", "1"], "unrecognized"),
+])
+def test_flags_that_mean_nothing_are_refused(given_flags, message, capsys):
+    with pytest.raises(SystemExit):
+        flags.parse_args(given_flags)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("loss", ["cdpo", "robust"])
+def test_label_smoothing_is_a_setting_of_two_losses(loss):
+    args = flags.parse_args(["--loss", loss, "--label-smoothing", "0.1"])
+    settings = flags.dpo_settings(vars(args))
+    assert settings["loss"] == loss and settings["label_smoothing"] == 0.1
+
+
+def test_the_settings_of_a_run_are_arguments_of_train_dpo():
+    """Every setting has the flag's value. With them, train_dpo lacks only what is no flag."""
+    args = flags.parse_args(["--loss", "ipo", "--nll-weight", "0.5", "--lr", "0.25",
+                             "--accumulate", "3", "--seed", "7"])
+    settings = flags.dpo_settings(vars(args))
+    assert all(settings[name] == getattr(args, name) for name in settings)
+    parameters = inspect.signature(train.train_dpo).parameters
+    others = ["policy", "examples", "ref_logps", "run", "stage", "ceiling", "measure",
+              "measure_at"]
+    assert settings.keys() == parameters.keys() - set(others)

@@ -1,0 +1,58 @@
+"""The comparison of the tests and the exercises: where it fails, it names the probable mistake."""
+import torch
+
+
+class Mistake(AssertionError):
+    """The result is that of a known mistake."""
+
+
+def assert_same(got, want, tolerance, mistakes=None, what="the result"):
+    """Assert that got equals want, shape included, to tolerance x max(1, largest |want|).
+
+    mistakes: {what was probably done: the value that it gives}. If got equals one of these values,
+    the message says what was probably done.
+    """
+    __tracebackhide__ = True
+    assert got is not None, f"{what} is None: is a return missing?"
+    got, want = _tensor(got), _tensor(want)
+    if _close(got, want, tolerance):
+        return
+    for mistake, value in (mistakes or {}).items():
+        value = _tensor(value)
+        if _close(got, value, tolerance) and not torch.equal(value, want):
+            raise Mistake(f"{what}: {mistake}")
+    if got.shape != want.shape:
+        raise AssertionError(f"{what} has shape {tuple(got.shape)}; wanted {tuple(want.shape)}")
+    if not torch.isfinite(got).all():
+        raise AssertionError(f"{what} is not finite: {_show(got)}; wanted {_show(want)}")
+    if not got.any():
+        raise AssertionError(f"{what} is zero everywhere; wanted {_show(want)}")
+    if torch.allclose(got.double(), -want.double(), rtol=1e-6):
+        raise AssertionError(f"{what} has the opposite sign; "
+                             f"wanted {_show(want)}, got {_show(got)}")
+    difference = (got.double() - want.double()).abs().max()
+    raise AssertionError(f"{what} is {_show(got)}; wanted {_show(want)}: "
+                         f"off by {difference:.2g}, allowed {tolerance:g}")
+
+
+def _tensor(x):
+    return x if torch.is_tensor(x) else torch.tensor(x, dtype=torch.float64)
+
+
+def _close(got, other, tolerance):
+    """Whether the shapes are equal and no entry differs by more than the tolerance.
+
+    nan counts as equal to nan: some mistakes give it. No correct result holds it.
+    """
+    if got.shape != other.shape:
+        return False
+    largest = other.abs().max().item() if other.numel() else 0.0
+    return torch.allclose(got.double(), other.double(), rtol=0,
+                          atol=tolerance * max(1.0, largest), equal_nan=True)
+
+
+def _show(x):
+    values = [f"{v:.6g}" for v in x.flatten()[:6].tolist()]
+    if x.dim() == 0:
+        return values[0]
+    return "[" + ", ".join(values) + (", ..." if x.numel() > 6 else "") + "]"
