@@ -6,6 +6,7 @@ import torch
 
 import world
 from losses import LOSSES, SMOOTHED
+from support.tokenizers import TOKENIZERS
 
 # What a flag is where it is not given: on the toy world, and with --data.
 TOY = {"sft_epochs": 1, "sft_lr": 4e-3, "epochs": 2, "batch_size": 64, "lr": 1.5e-3,
@@ -36,7 +37,7 @@ def make_parser(description):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--data", metavar="FILE", help="your preference pairs (default: the toy world)")
-    add("--tokenizer", choices=["toy", "gpt2"], default="toy",
+    add("--tokenizer", choices=list(TOKENIZERS), default="toy",
         help="toy: bytes and the toy world's words; gpt2: GPT-2's 50,257 tokens, for which texts "
              "are shorter and the model is larger (default: toy)")
     add("--init", metavar="WHERE",
@@ -90,7 +91,8 @@ def parse_args(argv=None, description=None):
     if args.n_embd % 32:
         p.error(f"--n-embd {args.n_embd} must be a multiple of 32: a head has 32 channels")
     if toy and args.tokenizer != "toy":
-        p.error("--tokenizer gpt2 needs --data: the toy world is exact in its own tokens")
+        p.error(f"--tokenizer {args.tokenizer} needs --data: the toy world is exact in its own "
+                "tokens")
     if not args.init and args.sft_epochs == 0:
         p.error("--sft-epochs 0 needs --init: untrained weights are no reference")
     if args.label_smoothing and args.loss not in SMOOTHED:

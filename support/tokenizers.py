@@ -11,16 +11,15 @@ EOS = "<|endoftext|>"
 
 
 def get_tokenizer(name):
-    """ "toy" has the words of the toy world and all 256 bytes, and is built here. "gpt2" is
-    tiktoken's own.
+    """The tokenizer of a name in TOKENIZERS."""
+    if name not in TOKENIZERS:
+        raise ValueError(f"tokenizer {name!r} is none of {list(TOKENIZERS)}")
+    return TOKENIZERS[name]()
 
-    tiktoken downloads the gpt2 vocabulary once (1.5 MB). With TIKTOKEN_CACHE_DIR set to a folder
-    that holds it, nothing is downloaded.
-    """
-    if name == "toy":
-        return toy_tokenizer()
-    if name != "gpt2":
-        raise ValueError(f"tokenizer {name!r} is none of 'toy', 'gpt2'")
+
+def gpt2_tokenizer():
+    """tiktoken's own. It downloads the vocabulary once (1.5 MB). With TIKTOKEN_CACHE_DIR set to a
+    folder that holds it, nothing is downloaded."""
     try:
         return tiktoken.get_encoding("gpt2")
     except OSError as error:  # the exceptions of requests are OSErrors
@@ -43,3 +42,6 @@ def toy_tokenizer():
         ranks.setdefault(piece.encode("utf-8"), len(ranks))
     return tiktoken.Encoding("toy", pat_str=pattern, mergeable_ranks=ranks,
                              special_tokens={EOS: len(ranks)})
+
+
+TOKENIZERS = {"toy": toy_tokenizer, "gpt2": gpt2_tokenizer}

@@ -461,10 +461,11 @@ def claims_of_tests():
 
 
 def test_the_table_of_claims_is_that_of_the_tests():
-    """Each of the 46 has a row. The row names every test whose docstring claims it, no other."""
+    """Each claim has a row. The row names every test whose docstring claims it, and no other."""
     proofs = claims_of_tests()
     rows = re.findall(r"^\| (\d+) \| (.+?) \| (.+?) \| (.*?) \| (.*?) \|$", CLAIMS, re.MULTILINE)
-    assert [int(number) for number, *_ in rows] == list(range(1, 47))
+    assert [int(number) for number, *_ in rows] == list(range(1, len(proofs) + 1))
+    assert len(rows) >= 46
     for number, _, cell, _, notebook in rows:
         links = re.findall(r"\[`(\w+)`\]\(\.\./([\w./]+)\)", cell)
         named = {(file, test) for test, file in links}

@@ -226,7 +226,12 @@ def test_every_bug_is_seen_by_the_proof_named_for_it(number):
 # ---- Every claim's test can fail
 
 def test_every_claim_has_an_alteration():
-    assert {a["claim"] for a in ALTERATIONS} == set(range(1, 47))
+    """The claims are the numbers with which docstrings of tests begin."""
+    claimed = set()
+    for file in (ROOT / "tests").glob("test_*.py"):
+        claimed |= set(re.findall(r'"""Claim (\d+)\b', file.read_text(encoding="utf-8")))
+    assert len(claimed) >= 46
+    assert {str(a["claim"]) for a in ALTERATIONS} == claimed
 
 
 def name_of(alteration):
