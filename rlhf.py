@@ -94,8 +94,8 @@ def train_reward_model(reference, examples, run, seed, epochs=4, lr=1.5e-3, batc
                        read="tokens"):
     """Fit a RewardModel, begun at the reference's weights, to pairs: Eq. 2.
 
-    Returns it frozen. Its mean score over some pairs is shifted to 0: the
-    loss knows only differences, and UNFINISHED needs a scale.
+    Returns it frozen. Its mean score over some pairs is shifted to 0. The
+    loss knows only differences, but the fixed score UNFINISHED must fit.
     """
     model = RewardModel(reference, read).eval()
     device = model.scalar.weight.device
@@ -303,8 +303,8 @@ def main(argv=None):
     flags, tokenizer, models = load_toy_run(args.dir)
     seed, beta, reference = flags["seed"], flags["beta"], models["sft"].requires_grad_(False)
     folder = args.dir / "ppo"
-    if folder.exists():
-        raise SystemExit(f"{folder} exists and is not overwritten; remove it to begin anew")
+    if (folder / "policy.pt").exists():
+        raise SystemExit(f"{folder} holds a policy and is not overwritten; remove it to begin anew")
     train_prompts, held_out = world.prompts()
 
     # 1. The reward model, from the run's own pairs. 2. The policy, from the reward model's scores.
@@ -332,4 +332,7 @@ def main(argv=None):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a sample may hold a character the terminal lacks
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("\nInterrupted. The same command continues.")

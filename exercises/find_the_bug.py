@@ -30,6 +30,7 @@ import data
 import dpo
 import losses
 import model
+import ppo
 import train
 import world
 from exercises.changes import ROOT, changed_source, in_effect, module_name
@@ -68,7 +69,7 @@ def things():
     All of them are made anew for each expression: they are the same with and without the bug.
     """
     names = {}
-    for module in (dpo, losses, world, data, model, trie, preferences):
+    for module in (dpo, losses, ppo, world, data, model, trie, preferences):
         names |= {k: v for k, v in vars(module).items() if not k.startswith("_")}
     for function in (T, plain, robust, objective_minus_beta_log_z, first_loss_with_dropout,
                      first_accuracy_of_ties, first_measurements, load_run_with_another_reference):

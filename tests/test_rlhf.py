@@ -342,6 +342,22 @@ def test_the_command_keeps_the_policy_and_how_it_was_learned(learned_run, small_
     assert metrics[-1]["step"] == 15, "256 pairs in batches of 64, 4 epochs"
 
 
+def test_an_interrupted_command_is_begun_again_and_ends_alike(learned_run, tmp_path):
+    """Without policy.pt the work is not done, whatever else the folder holds. The same command
+    then writes the policy and the metrics that it would have written, each step once."""
+    folder, _ = learned_run
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / "ppo" / "policy.pt").unlink()
+    code, _, err = run_rlhf(tmp_path / "run", "--samples", "512")
+    assert code == 0, err[-3000:]
+    policies = [load_model(run / "ppo" / "policy.pt")[0] for run in (folder, tmp_path / "run")]
+    assert fingerprint(policies[0]) == fingerprint(policies[1])
+    steps = []
+    for run in (folder, tmp_path / "run"):
+        steps.append([row["step"] for row in read_jsonl(run / "ppo" / "metrics.jsonl")])
+    assert steps[0] == steps[1]
+
+
 def test_a_learned_policy_is_not_overwritten(learned_run):
     folder, _ = learned_run
     before = contents(folder)
