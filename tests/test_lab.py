@@ -297,6 +297,7 @@ def test_the_work_of_an_older_version_counts_as_done(compared, tmp_path, monkeyp
         file.unlink()
     monkeypatch.setattr(work, "processes", None)  # no process is needed
     work.do(compare.pieces({}), [folder])
+    assert not list((folder / "rlhf").glob("*/settings.json")), "a piece was begun again"
 
 
 @pytest.mark.parametrize("flags, message", [({"annotator": "ai"}, "human labels"),
