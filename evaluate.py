@@ -41,7 +41,8 @@ def measure(logps, ref_logps, beta, r=None):
     logps, ref_logps (P,N): from `exact_logps`. r (P,N): the rewards, by default true_reward's.
     reward, kl and objective (J = E[r*] - beta KL) are over well-formed text, of policy and
     reference alike, so that they compare with the frontier. objective_all and win_rate count
-    ill-formed text at its low reward. wellformed is the policy's mass on well-formed text.
+    ill-formed text at its low reward. objective_all is an upper bound of J over all text, see
+    `world.with_ill_formed`. wellformed is the policy's mass on well-formed text.
     """
     r = held_out_rewards() if r is None else r
     p, ref = world.normalise(logps), world.normalise(ref_logps)  # (P, N)
@@ -69,7 +70,7 @@ def captured(row, ref_logps):
     start = world.expected(ref, r).mean().item()
     beta = world.beta_at_kl(ref, r, row["kl"])
     best = world.expected(world.optimal_policy(ref, r, beta), r).mean().item()
-    if best <= start + 1e-9:
+    if row["kl"] < 1e-9:  # there is nothing to gain
         return beta, best, math.nan
     return beta, best, (row["reward"] - start) / (best - start)
 

@@ -171,10 +171,10 @@ def ipo_loss(policy_chosen_logps, policy_rejected_logps,
 
 def hinge_loss(policy_chosen_logps, policy_rejected_logps,
                ref_chosen_logps, ref_rejected_logps, beta=0.1):
-    """The hinge: max(0, 1 - beta h). It stops at the margin 1/beta.
+    """RSO's hinge: max(0, 1 - beta h). It stops at the margin 1/beta.
 
-    The hinge is that of SLiC-HF, https://arxiv.org/abs/2305.10425. The log-ratio to the
-    reference in it is that of RSO, https://arxiv.org/abs/2309.06657.
+    It is called hinge-norm in https://arxiv.org/abs/2309.06657, and beta is the gamma of that
+    paper. The hinge of SLiC-HF, https://arxiv.org/abs/2305.10425, has no log-ratio to a reference.
     """
     raise NotImplementedError
 
@@ -190,8 +190,9 @@ def missing_mass(policy_logps, ref_logps):
     log pi(y_w|x) and log pi(y_l|x) may fall together, and text that is in no pair gains.
 
     policy_logps, ref_logps (B,): of responses drawn from the reference, chosen and rejected.
-    Returns a scalar to log, or to add to the loss with a small weight. Its expectation has its
-    least value, 0, for pi* too. So it does not move the optimum; a likelihood term does. It is of
-    no use far from the reference or for pairs that others wrote: its variance grows as exp(KL).
+    Returns a scalar to log, or to add to the loss with a small weight. For such responses it is
+    unbiased. Its expectation has its least value, 0, for pi* too, and so it does not move the
+    optimum; a likelihood term does. For responses that others wrote it is biased, and it moves the
+    optimum. Far from the reference it is of no use, because its variance grows as exp(KL).
     """
     raise NotImplementedError

@@ -46,7 +46,8 @@ TITLES = {
 # ---- What is trained. Each function leaves a model in its folder.
 
 def cost(labels=0, generated=0, models=1, seconds=0.0):
-    """labels: pairs that somebody compared. generated: responses. models: in memory at once."""
+    """labels: pairs that somebody compared. generated: responses. models: how many the training
+    needs in memory at once. A model that only measures does not count."""
     return {"labels": labels, "generated": generated, "models": models, "seconds": seconds}
 
 
@@ -116,11 +117,11 @@ def pieces(learning):
 
 # ---- The rows of the table
 
-def dpo_seconds(run):
-    """How long train.py's DPO took, from the speeds that it has logged."""
+def dpo_seconds(run, stage):
+    """How long a stage of train.py took, "dpo" or "plain", from the speeds that it has logged."""
     seconds, before = 0.0, -1
     for row in read_jsonl(run.folder / "metrics.jsonl"):
-        if row["stage"] == "dpo" and "pairs_per_second" in row:
+        if row["stage"] == stage and "pairs_per_second" in row:
             pairs = (row["step"] - before) * run.flags["batch_size"]
             seconds, before = seconds + pairs / row["pairs_per_second"], row["step"]
     return seconds
@@ -143,7 +144,8 @@ def compare(run):
     rows["reference"] = measure(ref)
     for name in ("dpo", "plain"):
         if name in run.models:
-            rows[name] = run.measure(run.models[name]) | cost(labels, seconds=dpo_seconds(run))
+            seconds = dpo_seconds(run, stage=name)
+            rows[name] = run.measure(run.models[name]) | cost(labels, seconds=seconds)
     for name in TITLES:
         trained = work.result(run.folder, f"rlhf/{name}")
         if trained:
@@ -180,7 +182,7 @@ def table(comparison):
                      f"{share:>8.1%}{r['wellformed']:>9.1%}{r['objective_all']:>9.3f}")
     lines.append("""
 labels: the pairs that the annotator compared. samples: the responses generated, in best-of-N for
-each answer. models: how many are in memory while training. seconds: those of the reward model are
+each answer. models: how many the training needs in memory. seconds: those of the reward model are
 included, and trainings run side by side. reward, KL (nats) and J = E[r*] - beta KL are over
 well-formed text. In "J, all", ill-formed text counts at its low reward.""")
     judges = {"human": "The reward model, human labels,", "ai": "The reward model, AI labels,",

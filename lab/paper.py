@@ -1,6 +1,6 @@
 """The paper's experiments in miniature, on a world where the best answer is known.
 
-    python -m lab.paper all            everything: about 40 minutes on 2 cores
+    python -m lab.paper all            everything: about 45 minutes on 2 cores
     python -m lab.paper fig2-left      one of them; the names are listed below
 
 Each experiment runs for three seeds. It writes docs/paper/NAME.csv, with a row for each seed and
@@ -78,9 +78,10 @@ def ppo(run, folder, judge, **settings):
     return run.measure(policy)
 
 
-def dpo(run, folder, labels=None, **settings):
+def dpo(run, folder, annotator="human", labels=None, **settings):
     """DPO on the first pairs of the run, by default on all."""
-    return run.measure(run.dpo(run.examples("human")[:labels], folder, **settings))
+    examples = run.examples(annotator)[:labels]
+    return run.measure(run.dpo(examples, folder, annotator, **settings))
 
 
 def exact(run):
@@ -120,8 +121,9 @@ POLICIES = {"reference": "reference", "Preferred-FT": "preferred-ft",
             "PPO, learned reward": "ppo-human", "DPO": "dpo"}
 
 OPTIMUM, LIMIT = figures.COLOURS["optimum"], figures.COLOURS["limit"]
-LOOK = {"DPO": ("#0072B2", "o"), "PPO, learned reward": ("#E69F00", "s"),
-        "PPO, true reward": ("#009E73", "P"), "Preferred-FT": ("#CC79A7", "v"),
+LOOK = {"DPO": ("#0072B2", "o"), "DPO, Eq. 7 alone": ("#56B4E9", "^"),
+        "PPO, learned reward": ("#E69F00", "s"), "PPO, true reward": ("#009E73", "P"),
+        "Preferred-FT": ("#CC79A7", "v"),
         "Unlikelihood": ("#D55E00", "X"), "reference": ("#000000", "D"),
         "best of N, learned reward": ("#999999", "<"), "RLHF": ("#E69F00", "s"),
         "base": ("#000000", "D"), "best of 128 by r*": ("#999999", "<")}
@@ -163,6 +165,9 @@ def fig2_left():
     for beta in (4, 2, 1, 0.5, 0.25):
         trained = piece(f"dpo-beta-{beta:g}", dpo, beta=float(beta))
         found["DPO", f"beta {beta:g}"] = "dpo" if beta == 1 else trained
+    for beta in (1, 0.5, 0.25):
+        trained = piece(f"plain-beta-{beta:g}", dpo, beta=float(beta), norm_weight=0.0)
+        found["DPO, Eq. 7 alone", f"beta {beta:g}"] = "plain" if beta == 1 else trained
     for method, judge in (("PPO, learned reward", "human"), ("PPO, true reward", "true")):
         for kl in (0.3, 0.6, 1.5, 2.5):
             found[method, f"target KL {kl:g}"] = piece(f"ppo-{judge}-kl-{kl:g}", ppo, judge=judge,
@@ -670,17 +675,55 @@ EXPERIMENTS["ppo-details"] = Experiment(
     DETAIL_PIECES, ppo_details_rows, draw_ppo_details)
 
 
-# ---- The table of lab.compare
+# ---- The table of lab.compare, and each judge at its own best beta
+# A judge whose scores differ less than r* does is held on a shorter leash by the same beta. So the
+# AI's rows are there twice: at the common beta, and at the AI judge's best one. J has the run's
+# beta in every row.
+
+AI_BETA = 0.7  # near the best one for the AI judge, which `judges` finds
+AT_AI_BETA = {
+    "dpo-ai": piece("dpo-ai-own-beta", dpo, annotator="ai", beta=AI_BETA),
+    "ppo-ai": piece("ppo-ai-own-beta", ppo, judge="ai",
+                    **learning(beta=AI_BETA, samples=Settings.samples)),
+    "ppo-judge": piece("ppo-judge-own-beta", ppo, judge="judge",
+                       **learning(beta=AI_BETA, samples=Settings.samples))}
+
+
+def judges(run, folder):
+    """The best policy for a judge's scores, at the common beta and at the judge's best one. The
+    AI judge is 0.6 r* + 0.4 very. The other two have its smaller scale alone, or its taste."""
+    ref, r = world.normalise(run.ref_logps), evaluate.held_out_rewards()  # (P, N) each
+    judge = world.rewards(run.held_out, world.responses(), world.ai_score)  # (P, N)
+    scores = {"the AI judge": judge, "0.6 r*": 0.6 * r, "r* + 0.4 very": judge + 0.4 * r}
+    rows = []
+    for name, score in scores.items():  # (P, N)
+        stars = {k / 100: world.optimal_policy(ref, score, k / 100) for k in range(40, 161, 2)}
+        best = max(stars, key=lambda b: tabular.objective(stars[b], ref, r, run.beta).mean())
+        for beta, which in ((run.beta, ""), (best, ", its best beta")):
+            row = evaluate.measure(stars[beta], run.ref_logps, run.beta)
+            rows.append({"row": f"optimum for {name}{which}", "beta": beta, **row})
+    return rows
+
+
+JUDGES = piece("judges", judges)
+
 
 def who_labels_rows(seed):
-    best = result(seed, "optimum")["objective"]
+    best = result(seed, "optimum")
+    rows = []
     for name, title in TITLES.items():
-        row = result(seed, name)
-        yield {"row": title, **row, "share": row["objective"] / best}
+        rows.append({"row": title, "beta": TOY["beta"], **result(seed, name)})
+        if name in AT_AI_BETA:
+            rows.append({"row": f"{title}, beta {AI_BETA:g}", "beta": AI_BETA,
+                         **result(seed, AT_AI_BETA[name])})
+    for row in result(seed, JUDGES):
+        if row["row"] not in TITLES.values():
+            rows.append(row)
+    return [row | {"share": row["objective"] / best["objective"]} for row in rows]
 
 
 def draw_who_labels(rows):
-    fig, (left, right) = two_axes((9.5, 4.2), sharey=True)
+    fig, (left, right) = two_axes((9.5, 6.2), sharey=True)
     shown = [row for row in rows if not row["row"].startswith(("best", "reference"))]
     for ax, column in ((left, "share"), (right, "wellformed")):
         titles, means, errors = over_seeds(shown, column, "row")
@@ -690,18 +733,21 @@ def draw_who_labels(rows):
                 colour = COLOUR["DPO"]
             elif "PPO" in title or "REINFORCE" in title:
                 colour = COLOUR["RLHF"]
-            ax.errorbar(mean, i, xerr=error, marker="o", capsize=3, color=colour)
+            own_beta = "beta" in title
+            ax.errorbar(mean, i, xerr=error, marker="o", capsize=3, color=colour,
+                        mfc="white" if own_beta else colour)
             ax.text(1.0, i - 0.25, f"{mean:.1%}", fontsize=7, ha="right",
                     transform=ax.get_yaxis_transform())
     left.set_yticks(range(len(titles)), titles, fontsize=8)
     left.invert_yaxis()
-    left.set(xlabel="J as a share of the optimum's (well-formed text)")
+    left.set(xlabel="J (with beta = 1) as a share of the optimum's,\nwell-formed text")
     right.set(xlabel="share of well-formed text")
     return fig
 
 
 EXPERIMENTS["who-labels"] = Experiment(
-    "RLHF, RLAIF, d-RLAIF and DPO in one table", [], who_labels_rows, draw_who_labels)
+    "RLHF, RLAIF, d-RLAIF and DPO in one table, each judge also at its own best beta",
+    [JUDGES, *AT_AI_BETA.values()], who_labels_rows, draw_who_labels)
 
 
 # ---- The command

@@ -75,7 +75,7 @@ def plot_curves(records, path, ceiling=None):
             right.plot(*curve(records, stage, "objective_all"), "o-", **look)
         left.set_title("mass on well-formed text (held out, exact)", fontsize=9)
         left.set_ylim(0, 1.03)
-        right.set_title("J over all text, units of reward (held out, exact)", fontsize=9)
+        right.set_title("J over all text, at most, units of reward (held out)", fontsize=9)
     else:
         left.plot(*curve(records, "sft", "loss"), color=COLOURS["reference"], label="SFT")
         left.set_title("SFT loss, nats a response", fontsize=9)

@@ -42,10 +42,12 @@ def toy_table(s, summary_key):
               f"beta = {s['beta']:g}. True reward, KL to the reference and J = E[r*] - beta KL are "
               "over well-formed text.",
               "Win rate (against a sample of the reference, a tie counts 1/2) and \"J, all text\" "
-              f"count ill-formed text at {world.ILL_FORMED_REWARD:g}.",
+              f"count ill-formed text at {world.ILL_FORMED_REWARD:g}. \"J, all text\" is an upper "
+              "bound.",
               "",
-              f"DPO reaches {s['captured']:.1%} of the reward that is possible at its KL. Its J is "
-              f"{share:.1%} of the optimum ({share_all:.1%} with ill-formed text)."]
+              f"DPO reaches {s['captured']:.1%} of the gain in reward that is possible at its KL.",
+              f"Its J is {share:.1%} of the optimum, and with ill-formed text at most "
+              f"{share_all:.1%}."]
     if "plain_captured" in s:
         lines.append(f"Plain DPO reaches {s['plain_captured']:.1%} with its well-formed text, but "
                      f"{1 - s['plain_wellformed']:.1%} of its text is ill-formed.")
