@@ -1,5 +1,8 @@
 """pytest's options. They stand in this file because pytest reads its command line before it reads
 tests/conftest.py."""
+import sys
+
+import pytest
 from hypothesis import Phase, settings
 
 
@@ -9,6 +12,11 @@ def pytest_addoption(parser):
                     help="test the functions of this file in the place of dpo.py's functions")
     group.addoption("--bug", metavar="N", type=int,
                     help="run the tests with bug N of exercises/find_the_bug.py in effect")
+    group.addoption("--claim", metavar="N", type=int,
+                    help="run the proofs of claim N of docs/claims.md and say what they compare")
+    group.addoption("--altered", action="store_true",
+                    help="with --claim: alter the claim, so that its proof must fail")
+    group.addoption("--claims", action="store_true", help="list the claims, and run nothing")
     group.addoption("--seed", type=int, default=0,
                     help="the random seed of every test; with any seed but 0, hypothesis draws "
                          "new examples (default: 0)")
@@ -17,12 +25,23 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "grades(function): this proof also tests a student's "
                                        "function, see --impl")
-    # The exercises are imported only where they are asked for.
+    config.addinivalue_line("markers", "slow: a file that takes long; -m 'not slow' leaves it out")
+    # The exercises and the claims are imported only where they are asked for.
     if config.getoption("--impl"):
         use_implementation(config, config.getoption("--impl"))
+    if config.getoption("--claim") is not None or config.getoption("--altered"):
+        prove_claim(config, config.getoption("--claim"), config.getoption("--altered"))
     set_up_hypothesis(config)
     if config.getoption("--bug"):
         put_bug_into_effect(config, config.getoption("--bug"))
+
+
+def pytest_cmdline_main(config):
+    if config.getoption("--claims"):
+        from claims import listed
+        sys.stdout.reconfigure(encoding="utf-8")
+        print(listed())
+        return pytest.ExitCode.OK
 
 
 def pytest_report_header(config):
@@ -33,6 +52,19 @@ def pytest_report_header(config):
 def use_implementation(config, file):
     from exercises.grading import Grader, load
     config.pluginmanager.register(Grader(load(file), file))
+
+
+def prove_claim(config, number, altered):
+    """Run the proofs of one claim alone. Their report takes the place of pytest's own output."""
+    from claims import ROOT, Report, claim_numbered
+    if number is None:
+        raise pytest.UsageError("--altered needs the number of a claim, as in --claim 9 --altered")
+    report = Report(claim_numbered(number), altered)
+    config.pluginmanager.register(report)
+    config.args = [str(ROOT / proof) for proof in report.proofs]
+    option = config.option
+    option.verbose, option.tbstyle, option.reportchars = -2, "no", ""
+    option.disable_warnings = True
 
 
 def put_bug_into_effect(config, number):
