@@ -1,4 +1,5 @@
 """Checkpoints: a model's config, weights and facts about it, in one file."""
+import hashlib
 from dataclasses import asdict
 
 import torch
@@ -20,10 +21,8 @@ def load(path, device="cpu"):
 
 def save_model(model, path, **facts):
     """Write a checkpoint: the model's config and weights, and facts about it (plain values)."""
-    weights = {}
-    for name, w in model.state_dict().items():
-        if name != "head.weight":  # it is wte.weight again
-            weights[name] = w.detach().cpu().clone()
+    # the tied head is listed once, as wte.weight
+    weights = {name: p.detach().cpu() for name, p in model.named_parameters()}
     save({"config": asdict(model.config), "weights": weights, "facts": facts}, path)
 
 
@@ -43,6 +42,16 @@ def load_model(path, device="cpu"):
 
 
 def fingerprint(model):
-    """A short text that differs between models whose weights differ."""
+    """A text that differs between models whose weights differ: a hash of every name, shape and
+    byte."""
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        weights = p.detach().cpu().numpy()
+        digest.update(f"{name} {weights.dtype} {weights.shape} ".encode() + weights.tobytes())
+    return digest.hexdigest()
+
+
+def is_fingerprint(text, model):
+    """Whether a text is this model's fingerprint. Older runs hold the sum of each tensor."""
     sums = [p.detach().cpu().double().sum().item() for p in model.parameters()]
-    return " ".join(f"{s:.9g}" for s in sums)
+    return text in {fingerprint(model), " ".join(f"{s:.9g}" for s in sums)}

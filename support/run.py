@@ -31,7 +31,6 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.metrics = self.folder / "metrics.jsonl"
         self.state = self.folder / "state.pt"
-        self.sums = {}
 
     def record(self, **row):
         """Append a line to metrics.jsonl."""
@@ -159,7 +158,7 @@ def load_run(folder, device="cpu"):
             continue
         models[name], facts = checkpoints.load_model(path, device)
         models[name].eval()
-        if name != "sft" and facts["reference"] != checkpoints.fingerprint(models["sft"]):
+        if name != "sft" and not checkpoints.is_fingerprint(facts["reference"], models["sft"]):
             raise SystemExit(f"{path} was trained against another reference than "
                              f"{folder / 'sft.pt'}: log-ratios of the two mean nothing")
     return flags, data.get_tokenizer(flags["tokenizer"]), models
