@@ -4,7 +4,6 @@ Prompt and response are tokenised apart, so that no token holds a piece of both,
 ends in EOS. Masks are made from lengths, never from token ids: any id will do for padding.
 """
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import torch
 
@@ -91,8 +90,7 @@ def tokenize(pairs, tokenizer, max_length=None):
 
     Long pairs are handed back. Cutting them would cut off EOS and teach the model never to stop.
     """
-    # encode_ordinary reads "<|endoftext|>" in a text as text
-    encode = lru_cache(maxsize=2 ** 16)(tokenizer.encode_ordinary)
+    encode = tokenizer.encode_ordinary  # it reads "<|endoftext|>" in a text as text
     eos = [tokenizer.eot_token]
     examples, too_long = [], []
     for p in pairs:

@@ -19,11 +19,11 @@ from support import gpt2
 
 @dataclass
 class GPTConfig:
-    block_size: int = 32  # the longest sequence, in tokens
-    vocab_size: int = 320
-    n_layer: int = 2
-    n_head: int = 4
-    n_embd: int = 64
+    block_size: int  # the longest sequence, in tokens
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
     dropout: float = 0.0
     bias: bool = True  # biases in Linear and LayerNorm, as in GPT-2
 
@@ -145,11 +145,10 @@ class GPT(nn.Module):
         return self.head(self.hidden(idx, cache))  # (B, T, V)
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, eos_id=None,
-                 use_cache=True):
+    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, eos_id=None):
         """Continue each prompt by up to max_new_tokens tokens.
 
-        idx: the prompts, a (B,T) tensor, or a list of B lists of token ids where lengths differ.
+        prompts: B lists of token ids, of any lengths.
         temperature: 0 takes the likeliest token, 1 samples from the model, more is more random.
         top_k: sample only among the k likeliest tokens.
         eos_id: a response ends with its first eos_id, which it keeps.
@@ -158,7 +157,6 @@ class GPT(nn.Module):
         Generation starts at the end of the shortest prompt. A longer prompt is read to its end
         first. So nothing is padded on the left, and every token stands at its true position.
         """
-        prompts = idx.tolist() if torch.is_tensor(idx) else [list(p) for p in idx]
         if not prompts or min(map(len, prompts)) == 0:
             raise ValueError("generate needs at least one prompt, and a token in each")
         if temperature < 0:
@@ -174,12 +172,12 @@ class GPT(nn.Module):
         for row, p in zip(tokens, prompts):
             row[:len(p)] = torch.tensor(p, device=device)
         done = torch.zeros(len(prompts), dtype=torch.bool, device=device)  # (B,)
-        cache = self.new_cache() if use_cache else None
+        cache = self.new_cache()
         self.eval()
         read = 0  # how many tokens the cache holds already
         for t in range(start, end):
             logits = self.head(self.hidden(tokens[:, read:t], cache)[:, -1])  # (B, V)
-            read = t if use_cache else 0
+            read = t
             new = sample(logits, temperature, top_k)  # (B,)
             tokens[:, t] = torch.where(t < lengths, tokens[:, t], new)
             if eos_id is not None:
@@ -196,11 +194,11 @@ class GPT(nn.Module):
         return responses
 
     @classmethod
-    def from_pretrained(cls, name_or_folder, dropout=0.0):
+    def from_pretrained(cls, name_or_folder):
         """GPT-2's weights, from a local folder with config.json and model.safetensors, or by name:
         "gpt2" (124M parameters), "gpt2-medium" (350M), "gpt2-large" (774M), "gpt2-xl" (1.6B)."""
         folder = gpt2.find(name_or_folder)
-        model = cls(GPTConfig(**gpt2.read_config(folder), dropout=dropout))
+        model = cls(GPTConfig(**gpt2.read_config(folder)))
         gpt2.copy_weights(folder, model)
         return model
 

@@ -28,7 +28,7 @@ def token_rewards(scores, logps, ref_logps, mask, beta):
     return penalty.scatter_add(1, last[:, None], scores[:, None].to(penalty.dtype))
 
 
-def gae(rewards, values, mask, gamma=1.0, lam=0.95):
+def gae(rewards, values, mask, gamma, lam):
     """Generalised advantage estimation, 1506.02438, Eq. 16. (B,S)
 
     It adds TD errors delta_t = r_t + gamma V(s_{t+1}) - V(s_t), each later
@@ -37,8 +37,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     values[t] is V of the state before token t+1. The end has value 0.
     """
     values = torch.where(mask, values, 0.0)
-    rewards = torch.where(mask, rewards, 0.0)
-    advantage = next_value = torch.zeros_like(values[:, 0])  # (B,)
+    advantage = next_value = 0.0
     advantages = []
     for t in reversed(range(mask.size(1))):
         delta = rewards[:, t] + gamma * next_value - values[:, t]  # (B,)
@@ -63,7 +62,7 @@ def normalise(advantages, mask):
     return torch.where(mask, normed, 0.0)
 
 
-def ppo_loss(logps, old_logps, advantages, mask, clip=0.2):
+def ppo_loss(logps, old_logps, advantages, mask, clip):
     """-min(rho A, clip(rho, 1-clip, 1+clip) A), rho = pi/pi_old, summed
     over a response's tokens, mean over responses; 1707.06347, Eq. 7.
 

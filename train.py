@@ -120,11 +120,9 @@ def train_dpo(policy, examples, ref_logps, run, *, stage="dpo", beta, loss="sigm
                 chosen, rejected, *ref, beta, **options)  # each (B,)
             # the remedies for what Eq. 7 does not see; the default run uses the missing mass
             missing = missing_mass(torch.cat([chosen, rejected]), torch.cat(ref))
-            total = losses.mean()
-            if norm_weight:
+            total = losses.mean() - nll_weight * chosen.mean()
+            if norm_weight:  # far from the reference it overflows, and 0 x infinity is no number
                 total = total + norm_weight * missing
-            if nll_weight:
-                total = total - nll_weight * chosen.mean()
             (share * total).backward()
             # what one watches: how many pairs are ranked as labelled (a tie counts 1/2), and why
             right = chosen_rewards > rejected_rewards

@@ -60,9 +60,8 @@ ILL_FORMED_REWARD = -5.0  # below every well-formed response
 
 
 def one_of(words):
-    """A regular expression for one of the words, the longest first."""
-    longest_first = sorted(words, key=len, reverse=True)  # " not very" before " not"
-    return "(" + "|".join(re.escape(word) for word in longest_first) + ")"
+    """A regular expression for one of the words."""
+    return "(" + "|".join(re.escape(word) for word in words) + ")"
 
 
 PROMPT = re.compile(f"{one_of(GENRES)}: the {one_of(SUBJECTS)} was")
@@ -238,7 +237,8 @@ def label_ceiling(logps, reward):
 def with_ill_formed(logps, reward):
     """All ill-formed text as one more outcome: (..., N) logps and rewards -> (..., N+1) of each.
 
-    What happens among ill-formed texts is not resolved. So a KL of such policies is a lower bound.
+    Which ill-formed text a policy writes is not seen. So a KL is at most that over all text, and a
+    J is at least that over all text. A win rate is exact, because ill-formed text has one reward.
     """
     missing = 1 - logps.exp().sum(-1, keepdim=True)  # (..., 1)
     missing = missing.clamp(min=1e-12)  # float32's rounding can make the sum 1 + 1e-7
@@ -257,7 +257,7 @@ def frontier(ref_logps, reward, betas):
 def beta_at_kl(ref_logps, reward, target_kl):
     """The beta at which pi* has the given KL, a mean over prompts.
 
-    Bisection on log beta: the KL falls as beta grows. A KL that no beta reaches gives 1e-3.
+    Bisection on log beta: the KL falls as beta grows. A KL that no beta has gives 1e-3 or 1e6.
     """
     low, high = 1e-3, 1e6
     for _ in range(100):

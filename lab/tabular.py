@@ -19,7 +19,7 @@ import world
 def random_world(n, spread=1.5):
     """(ref_logps, reward), each (n,): a reference that gives no response probability 0, and
     rewards whose standard deviation is `spread`."""
-    ref_logps = torch.log_softmax(torch.randn(n, dtype=torch.float64), -1)
+    ref_logps = torch.log_softmax(torch.randn(n, dtype=torch.float64), 0)
     return ref_logps, spread * torch.randn(n, dtype=torch.float64)
 
 
@@ -103,10 +103,10 @@ def population_loss(logps, ref_logps, preference, beta, drawn=None, loss=None, *
 
 # ---- Finding a minimum, and the way to it
 
-def minimise(loss, theta, steps=200):
+def minimise(loss, theta):
     """The theta at which loss(theta) is smallest, by LBFGS. theta: the start. A new tensor."""
     theta = theta.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([theta], max_iter=steps, tolerance_grad=1e-14,
+    optimizer = torch.optim.LBFGS([theta], max_iter=200, tolerance_grad=1e-14,
                                   tolerance_change=0, history_size=20,
                                   line_search_fn="strong_wolfe")
 
@@ -147,7 +147,7 @@ def laplacian(weights):
 
     weights: symmetric, with 0 on the diagonal.
     """
-    return torch.diag(weights.sum(-1)) - weights
+    return torch.diag(weights.sum(0)) - weights
 
 
 # ---- The token level: a tree of all sequences of T tokens from a vocabulary of V tokens
@@ -212,15 +212,16 @@ def kl_estimators(logps, ref_logps):
     return k1, k1 ** 2 / 2, torch.expm1(-k1) + k1
 
 
-def mirror_step(logps, worth, t, ref_logps=None, beta=0.0):
+def mirror_step(logps, worth, t, ref_logps=0.0, beta=0.0):
     """One step of mirror descent. (N,)
 
     It is the policy that maximises E[worth] - beta KL(pi || ref) - KL(pi || current) / t.
-    worth (N,): a reward or an advantage, which differ by a constant. With beta = 0 it is the step
-    of MDPO, https://arxiv.org/abs/2005.09814: pi is proportional to current exp(t worth).
+    worth (N,): a reward or an advantage, which differ by a constant. With beta = 0 the reference
+    has no effect. Then it is the step of MDPO, https://arxiv.org/abs/2005.09814: pi is proportional
+    to current exp(t worth).
     """
-    pull = 0.0 if ref_logps is None else beta * ref_logps
-    return torch.log_softmax((logps + t * (worth + pull)) / (1 + t * beta), -1)
+    pull = beta * ref_logps
+    return torch.log_softmax((logps + t * (worth + pull)) / (1 + t * beta), 0)
 
 
 def best_of_n(ref_logps, reward, n):

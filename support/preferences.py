@@ -1,6 +1,7 @@
 """Users' files of preference pairs: read and checked row by row, and split by prompt."""
 import gzip
 import json
+import zlib
 from pathlib import Path
 
 import torch
@@ -29,9 +30,6 @@ def read_rows(path):
     path = Path(path)
     name = path.name.removesuffix(".gz")
     text = read_text(path)
-    if not name.endswith((".jsonl", ".json")):
-        raise DataError(f"{path}: the name must end in .jsonl, .jsonl.gz or .json, "
-                        "so that the format is known")
     rows = []
     if name.endswith(".jsonl"):
         # split on \n alone: strings in JSON may hold other line separators
@@ -39,12 +37,15 @@ def read_rows(path):
             if line.strip():
                 where = f"{path}, line {i}"
                 rows.append((where, parse_json(line, where)))
-    else:
+    elif name.endswith(".json"):
         array = parse_json(text, str(path))
         if not isinstance(array, list):
             raise DataError(f"{path}: a .json file must hold an array of objects, this one holds "
                             f"{show(array)}; for one object a line, name it .jsonl")
         rows = [(f"{path}, item {i}", row) for i, row in enumerate(array, 1)]
+    else:
+        raise DataError(f"{path}: the name must end in .jsonl, .jsonl.gz or .json, "
+                        "so that the format is known")
     if not rows:
         raise DataError(f"{path}: holds no pairs")
     return [read_pair(row, where) for where, row in rows]
@@ -58,7 +59,7 @@ def read_text(path):
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: byte {error.object[error.start]:#04x} at position {error.start} "
                         "is not UTF-8; save the file as UTF-8") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
 
 
@@ -171,22 +172,22 @@ def leave_out_equal(pairs):
     return usable, [p for p in pairs if p.chosen == p.rejected]
 
 
-def split_by_prompt(pairs, held_out_share, seed):
-    """(train, held out). All pairs of a prompt are on one side. Else the held-out figures would
-    measure memory."""
+def split_by_prompt(pairs, seed):
+    """(train, held out): a tenth of the prompts is held out. All pairs of a prompt are on one side.
+    Else the held-out figures would measure memory."""
     names = sorted({p.prompt for p in pairs})
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
-    n = round(held_out_share * len(names))
-    if not 0 < n < len(names):
+    n = round(len(names) / 10)
+    if n == 0:
         raise DataError(f"{len(names)} different prompts cannot be split into train and "
-                        f"{held_out_share:.0%} held out; bring more prompts")
+                        "10% held out; bring more prompts")
     held_out = {names[i] for i in order[:n]}
     train = [p for p in pairs if p.prompt not in held_out]
     return train, [p for p in pairs if p.prompt in held_out]
 
 
-def split(pairs, seed, held_out_share=0.1):
+def split(pairs, seed):
     """A user's pairs -> (train, held out, left out because chosen is rejected)."""
     usable, equal = leave_out_equal(pairs)
-    train, held_out = split_by_prompt(usable, held_out_share, seed)
+    train, held_out = split_by_prompt(usable, seed)
     return train, held_out, equal

@@ -1,5 +1,4 @@
 """Enumeration: a real transformer's probability of every response."""
-import math
 from functools import lru_cache
 
 import torch
@@ -56,18 +55,18 @@ class Trie:
         device = next(model.parameters()).device
         was_training = model.training
         model.eval()
-        out = torch.full((self.n,), -math.inf, dtype=torch.float64)  # (N,)
+        out = torch.zeros(self.n, dtype=torch.float64)  # (N,)
         cache = model.new_cache()
         logits = model(torch.tensor([prompt_ids], device=device), cache)[:, -1]  # (1, V)
-        so_far = torch.zeros(1, dtype=torch.float64)  # the log-probability of each prefix
+        so_far = torch.zeros(len(logits), dtype=torch.float64)  # each prefix's log-probability
         for (parent, token), (leaf_parent, leaf_token, which) in zip(self.levels, self.leaves):
             next_logps = torch.log_softmax(logits.float(), -1).cpu().double()  # (n_{d-1}, V)
             out[which] = so_far[leaf_parent] + next_logps[leaf_parent, leaf_token]
             if len(parent) == 0:
                 break
             so_far = so_far[parent] + next_logps[parent, token]  # (n_d,)
-            parent, token = parent.to(device), token.to(device)
-            cache = [(k[parent], v[parent]) for k, v in cache]
-            logits = model(token[:, None], cache)[:, -1]  # (n_d, V)
+            origin = parent.to(device)  # (n_d,)
+            cache = [(k[origin], v[origin]) for k, v in cache]
+            logits = model(token[:, None].to(device), cache)[:, 0]  # (n_d, V)
         model.train(was_training)
         return out

@@ -16,6 +16,7 @@ import dpo
 import losses
 import world
 from lab import tabular
+from model import GPTConfig
 from tools import Bare, assert_same, betas, grades, numbers, softplus, vector, worlds
 
 LN2 = math.log(2)
@@ -230,8 +231,11 @@ def test_defaults_are_plain_dpo_at_beta_one_tenth():
 
 @grades("dpo_loss")
 def test_at_the_reference_the_loss_is_ln2_and_the_gradient_is_not_zero():
-    """Claim 8. At pi = ref the loss is exactly ln 2, the rewards are 0, and the gradient is
-    -(beta/2)(grad log pi_w - grad log pi_l)."""
+    """Claim 8. At pi = ref the loss is ln 2, the rewards are 0, and the gradient is
+    -(beta/2)(grad log pi_w - grad log pi_l).
+
+    The loss, and its gradient by autograd, are compared with these numbers, to 1e-15.
+    """
     w, l, rw, rl = four(4)
     w, l = rw.clone().requires_grad_(), rl.clone().requires_grad_()
     loss, chosen, rejected = dpo.dpo_loss(w, l, rw, rl, beta=0.3)
@@ -248,7 +252,10 @@ def test_at_the_reference_the_loss_is_ln2_and_the_gradient_is_not_zero():
 @given(numbers(4, 20), st.floats(-50, 50), betas)
 def test_the_reference_matters_through_its_log_ratio_only(logps, c, beta):
     """Claim 10. c(x) added to both reference log-probabilities changes nothing. Added to one of
-    them it changes h, and so the loss."""
+    them it changes h, and so the loss.
+
+    The loss with c(x) is compared with the loss without it, to 1e-10 (1e-10 beta for beta > 1).
+    """
     w, l, rw, rl = logps[:, None]
     loss = dpo.dpo_loss(w, l, rw, rl, beta=beta)[0]
     shifted = dpo.dpo_loss(w, l, rw + c, rl + c, beta=beta)[0]
@@ -289,8 +296,8 @@ def test_the_minimiser_over_all_pairs_is_the_optimal_policy(beta):
 def test_the_excess_loss_is_a_kl_between_preferences(drawn, beta):
     """Claim 12. L(pi) - L(pi*) = E[KL(Bernoulli p* || Bernoulli p_pi)].
 
-    The least loss is the entropy of the labels. So a loss above zero is no failure. By plain sums,
-    to 1e-9.
+    The least loss is the entropy of the labels. So a loss above zero is no failure. Both are
+    compared with plain sums over all pairs, to 1e-9.
     """
     ref, reward, pi = drawn
     reward = reward / 3
@@ -316,7 +323,7 @@ def test_plackett_luce_over_all_rankings():
     """Claim 13 (Eq. 18 and 20). The probabilities of the 4! rankings sum to 1.
 
     Summed over the rankings with i before j they give sigma(r_i - r_j). For two responses the
-    ranking loss is Eq. 7.
+    ranking loss is Eq. 7. Every probability is compared with a plain product, to 1e-12.
     """
     ref, reward = tabular.random_world(4)
     rankings = list(itertools.permutations(range(4)))
@@ -350,8 +357,8 @@ def test_plackett_luce_over_all_rankings():
 def test_one_deterministic_pair_grows_without_bound(beta, time):
     """Claim 14. Gradient flow on the logits of one pair whose label is always the same.
 
-    e^(beta h) + beta h = 1 + 2 beta^2 t, so h grows without bound, as a logarithm. Runge-Kutta, to
-    1e-8.
+    e^(beta h) + beta h = 1 + 2 beta^2 t, so h grows without bound, as a logarithm. The flow of the
+    code's loss, by Runge-Kutta, is compared with this solution by hand, to 1e-8.
     """
     ref = torch.log_softmax(torch.randn(4, dtype=torch.float64), -1)
 
@@ -367,12 +374,23 @@ def test_one_deterministic_pair_grows_without_bound(beta, time):
     assert h > 0, f"h = {h:g}, but the chosen response must gain on the rejected one"
 
 
+def test_gradient_flow_is_the_method_of_runge_and_kutta():
+    """On the loss -20 theta^2, a step of length dt multiplies theta by the first five terms of
+    e^x, x = 40 dt. The default is 400 steps. Compared to 1e-12."""
+    x = 40 * 1.0 / 400
+    factor = sum(x ** n / math.factorial(n) for n in range(5))
+    start = vector(1.0, -2.0)
+    flow = tabular.gradient_flow(lambda theta: -20 * (theta ** 2).sum(), start, time=1.0)
+    assert_same(flow, start * factor ** 400, 1e-12, {
+        "theta climbs, but the flow goes down": start * (2 - factor) ** 400}, what="theta")
+
+
 def test_without_the_weight_the_margin_grows_linearly():
     """Claim 15. The same pair without the weight sigma(r^_l - r^_w), that is, with the loss
     -beta h.
 
-    Then h = 2 beta t grows for ever at one speed. The weight is what slows a pair down once it is
-    ranked rightly (section 4).
+    Then h = 2 beta t grows for ever at one speed. The flow, by Runge-Kutta, is compared with this
+    line, to 1e-10. The weight is what slows a pair down once it is ranked rightly (section 4).
     """
     beta, time = 0.5, 5.0
     ref = torch.log_softmax(torch.randn(4, dtype=torch.float64), -1)
@@ -398,8 +416,9 @@ def test_the_curvature_is_a_graph_laplacian():
     """Claim 16. The Hessian in the logits is beta^2 times the Laplacian of the comparison graph.
 
     The edge weights are mu_ij sigma(beta h) sigma(-beta h). So the Hessian is positive
-    semidefinite, with a null vector for every component of the graph. Here there are two. And
-    gradient descent contracts at 1 - eta lambda_2 near the optimum.
+    semidefinite, with a null vector for every component of the graph. Here there are two. The
+    Hessian by autograd is compared with the Laplacian, to 1e-12. And gradient descent contracts at
+    1 - eta lambda_2 near the optimum: its steps are compared with this rate, to 1e-3.
     """
     n, beta = 6, 0.7
     ref, reward = tabular.random_world(n)
@@ -457,8 +476,9 @@ def test_the_curvature_is_a_graph_laplacian():
 def test_regressing_reward_differences_has_the_same_target_and_more_curvature():
     """Claim 17. The loss (beta h - (r_i - r_j))^2 / 2 also ends at pi*.
 
-    Its Hessian is beta^2 Laplacian(mu). In every direction that is at least four times the Hessian
-    of DPO. So the target is the same and the speed is another.
+    LBFGS ends within a total variation of 1e-8 from pi*. The Hessian by autograd is compared with
+    beta^2 Laplacian(mu), to 1e-12. In every direction it is at least four times the Hessian of DPO.
+    So the target is the same and the speed is another.
     """
     n, beta = 5, 0.7
     ref, reward = tabular.random_world(n)
@@ -555,9 +575,10 @@ def weighted_gradient(policy, batch, beta, weight):
 @grades("analytic_gradient")
 @pytest.mark.parametrize("beta", [0.1, 0.7])
 def test_analytic_gradient_against_one_pair_at_a_time(tiny, beta):
-    """Claim 9 (section 4). It is compared with a sum that uses neither the loss nor the batch.
+    """Claim 9 (section 4). The analytic gradient is compared with a sum over single pairs.
 
-    For each pair the two gradients and the weight are computed by hand. To 1e-12.
+    The sum uses neither the loss nor the batch. For each pair the two gradients and the weight are
+    computed by hand. To 1e-12.
     """
     def sigma(x):
         return 1 / (1 + math.exp(-x))
@@ -744,10 +765,6 @@ def zero_gradient(policy, batch, beta):
     return [torch.zeros_like(p) for p in policy.parameters()]
 
 
-def zero_differences(f, x, eps=1e-5):
-    return torch.zeros_like(x)
-
-
 @pytest.mark.parametrize("name, wrong", [("gradient_weight", flipped_weight),
                                          ("analytic_gradient", zero_gradient)])
 def test_the_check_notices_a_wrong_formula(tiny, monkeypatch, name, wrong):
@@ -818,11 +835,11 @@ def test_the_commands_verdicts_are_those_it_explains(monkeypatch, capsys, autogr
 
 
 def test_the_command_checks_a_batch_worth_checking(monkeypatch, capsys):
-    """Two answers to each prompt, of several lengths. None is empty, and one is as long as the
-    model reads.
+    """Three pairs of random texts, the same every time. Two answers to each prompt, of several
+    lengths. One is as long as the model reads.
 
-    The masks begin where the answers do. The policy has left the reference, and the printed beta
-    is the one that is checked.
+    The policy has left the reference: LayerNorm's weights, which are 1 at first, differ from 1 by
+    0.2 (within a quarter). The printed beta is the one that is checked.
     """
     seen = []
 
@@ -831,37 +848,25 @@ def test_the_command_checks_a_batch_worth_checking(monkeypatch, capsys):
         return iter(())
 
     monkeypatch.setattr(dpo, "gradient_check", record)
+    torch.manual_seed(7)  # the command has a seed of its own
     run_main()
     printed = capsys.readouterr().out
     (policy, batch, beta), = seen
     tokens, mask, config = batch["tokens"], batch["response_mask"], policy.config
     assert f"on 3 pairs, a {config.n_layer}-layer GPT, float64, beta = {beta}." in printed
-    assert beta != 1, "at beta = 1 a missing beta would not be seen"
-    assert tokens.shape == mask.shape == (6, config.block_size)
-    assert tokens.max() < config.vocab_size
-    starts, lengths = mask.int().argmax(1), mask.sum(1)
-    start = starts[0]
-    assert (starts == start).all() and start > 0
-    assert lengths.min() > 0 and len(lengths.unique()) >= 4
-    assert start + lengths.max() == tokens.size(1)
-    for row, length in zip(mask, lengths):
-        assert row[start:start + length].all(), "a response must be in one piece"
-    chosen, rejected = tokens.chunk(2)
-    assert torch.equal(chosen[:, :start], rejected[:, :start]), (
-        "both answers of a pair must answer one prompt")
-    assert (chosen[:, start:] != rejected[:, start:]).any(1).all(), (
-        "the two answers of a pair must differ")
-    assert all(p.dtype == torch.float64 and p.abs().sum() > 0 for p in policy.parameters())
+    assert beta == 0.5, "at beta = 1 a missing beta would not be seen"
+    assert config == GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
+    random = torch.randint(11, (6, 8), generator=torch.Generator().manual_seed(0))
+    random[3:, :3] = random[:3, :3]
+    assert torch.equal(tokens, random), "the texts, or both answers do not answer one prompt"
+    lengths = [5, 2, 4, 3, 4, 5]
+    assert mask.tolist() == [3 * [False] + n * [True] + (5 - n) * [False] for n in lengths]
+    assert (tokens[:3, 3:] != tokens[3:, 3:]).any(1).all(), "the answers of a pair must differ"
+    assert all(p.dtype == torch.float64 for p in policy.parameters())
+    norms = [p - 1 for name, p in policy.named_parameters() if "ln" in name and "weight" in name]
+    moved = torch.cat(norms).square().mean().sqrt().item()
+    assert len(norms) == 5 and moved == pytest.approx(0.2, rel=0.25)
     policy_logps = torch.cat(dpo.pair_logps(policy, batch))
     ref_logps = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
     assert ((policy_logps - ref_logps).abs() > 1e-3).all()
     assert (ref_logps < 0).all() and not ref_logps.requires_grad
-
-
-@pytest.mark.parametrize("name, wrong", [("gradient_weight", flipped_weight),
-                                         ("central_differences", zero_differences)])
-def test_the_command_says_wrong_where_it_is_wrong(monkeypatch, capsys, name, wrong):
-    """The command fails, and it names the levels that differ."""
-    monkeypatch.setattr(dpo, name, wrong)
-    with pytest.raises(SystemExit, match=r"the gradient is wrong for log pi\(y_w\|x\)"):
-        run_main()

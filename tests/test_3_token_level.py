@@ -40,6 +40,13 @@ def all_texts():
     return itertools.product(range(V), repeat=T)
 
 
+def test_a_random_tree_has_a_distribution_after_every_prefix():
+    """The probabilities of the next token are compared with a sum of 1, to 1e-12."""
+    for t, level in enumerate(tabular.random_tree(V, T)):
+        ones = torch.ones((V,) * t, dtype=torch.float64)
+        assert_same(level.exp().sum(-1), ones, 1e-12, what=f"the sum of level {t}")
+
+
 def at_the_end(reward):
     """A reward of whole texts as token rewards: 0 until the last token, and all of it there."""
     return [torch.zeros(V, dtype=torch.float64), torch.zeros(V, V, dtype=torch.float64), reward]
@@ -49,7 +56,7 @@ def test_soft_value_iteration_is_the_optimal_policy(tree):
     """Claim 18 (Eq. 5*-7*, and 4). Soft value iteration goes backwards from the last token.
 
     The product of its policies for single tokens is the pi* of whole texts, and V(s_0) is
-    beta log Z. Here pi* and Z are plain sums over the 27 texts.
+    beta log Z. Here pi* and Z are plain sums over the 27 texts. They are compared to 1e-10.
     """
     beta, ref, reward = tree
     values, policy = tabular.soft_value_iteration(ref, at_the_end(reward), beta)
@@ -75,7 +82,8 @@ def test_soft_value_iteration_is_the_optimal_policy(tree):
 def test_token_log_ratios_add_up_to_the_advantage(tree):
     """Claim 19 (Eq. 10*). sum_t beta log(pi*/ref) = r - V(s_0).
 
-    Each term is r_t + V(s_(t+1)) - V(s_t), also where every token has a reward.
+    Each term is r_t + V(s_(t+1)) - V(s_t), also where every token has a reward. The log-ratios of
+    the optimal policy are compared with both formulas, for every text and prefix, to 1e-10.
     """
     beta, ref, reward = tree
     for token_rewards in (at_the_end(reward), [torch.randn_like(level) for level in ref]):
@@ -93,8 +101,8 @@ def test_token_log_ratios_add_up_to_the_advantage(tree):
 def test_prefix_sums_are_what_the_prefix_promises(tree):
     """Claim 20. The log-ratios of a prefix sum to beta log E_ref[e^(r/beta) | prefix] - V(s_0).
 
-    So DPO's policy contains an exact value function of every prefix. Here the conditional
-    expectation is a plain sum.
+    So DPO's policy contains an exact value function of every prefix. The sums are compared with the
+    conditional expectation, which here is a plain sum, to 1e-10.
     """
     beta, ref, reward = tree
     values, policy = tabular.soft_value_iteration(ref, at_the_end(reward), beta)
@@ -114,10 +122,11 @@ def test_prefix_sums_are_what_the_prefix_promises(tree):
 def test_the_mean_implicit_reward_reads_off_a_kl(drawn, beta):
     """Claim 21 (Eq. 16*). E_ref[r^] = -beta KL(ref || pi).
 
-    So with pairs that are drawn from ref, the mean of chosen and rejected rewards is never
-    positive. Negative rewards are no sign of failure. Sometimes ref is the distribution of the
-    chosen responses themselves, as for a reference that was fitted to them. Then the mean of the
-    chosen rewards alone is <= 0, for every policy.
+    The mean reward is compared with a plain sum for the KL, to 1e-10. So with pairs that are drawn
+    from ref, the mean of chosen and rejected rewards is never positive. Negative rewards are no
+    sign of failure. Sometimes ref is the distribution of the chosen responses themselves, as for a
+    reference that was fitted to them. Then the mean of the chosen rewards alone is <= 0, for every
+    policy.
     """
     ref, _, pi = drawn
     rewards = tabular.implicit_reward(pi, ref, beta)
@@ -140,7 +149,8 @@ def test_a_tabular_pair_alone_cannot_lower_the_chosen(drawn, beta):
     """Claim 22. With one free logit for each response, a step along -grad L is along e_w - e_l.
 
     Along it, per unit of step, dlog pi_w = 1 - pi_w + pi_l > 0 and dlog pi_l = pi_l - pi_w - 1 < 0.
-    For every other response dlog pi_c = pi_l - pi_w.
+    For every other response dlog pi_c = pi_l - pi_w. The step and the changes, both by autograd,
+    are compared with these formulas, to 1e-12.
     """
     ref, start = drawn
     theta = start.clone().requires_grad_()
@@ -188,7 +198,8 @@ def test_a_shared_feature_can_push_the_chosen_down():
 
     It starts uniform. A step that raises h raises the weight of the feature. That favours c, which
     has most of the feature. So one DPO step lowers w and l and raises c, while the margin grows.
-    By hand: dlog pi_y = (phi_y - mean phi), with mean phi = 4/3.
+    By hand: dlog pi_y = (phi_y - mean phi), with mean phi = 4/3. The changes in a step are compared
+    with this, to 1e-3, and the step itself with beta sigma(0) (phi_w - phi_l), to 1e-12.
     """
     phi = vector(1, 0, 3)
     ref = torch.log_softmax(torch.zeros(3, dtype=torch.float64), -1)

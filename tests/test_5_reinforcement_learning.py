@@ -41,7 +41,8 @@ def score(logps):
 def test_the_policy_gradient_with_any_baseline(drawn, beta, baseline):
     """Claim 31. grad J = E_pi[(r - beta log(pi/ref) - b) grad log pi], for any baseline b.
 
-    The gradient of the KL needs no term of its own, and b changes only the variance.
+    The gradient of the KL needs no term of its own, and b changes only the variance. The sum over
+    all responses is compared with autograd of the exact J, to 1e-11 of the largest advantage.
     """
     ref, reward, pi = drawn
     advantage = reward - tabular.implicit_reward(pi, ref, beta) - baseline  # (N,)
@@ -61,7 +62,8 @@ def test_kl_estimators_and_their_gradients(drawn):
     """Claim 32. On samples of pi, E k1 = E k3 = KL(pi || ref), while E k2 is another number.
 
     As losses they behave differently: E grad k1 = 0, E grad k2 = grad KL(pi || ref), and
-    E grad k3 = grad KL(ref || pi). So a good estimate of a KL is not always a good loss.
+    E grad k3 = grad KL(ref || pi). So a good estimate of a KL is not always a good loss. The means
+    are compared with a plain sum, the gradients with autograd of the exact KL, to 1e-10.
     """
     ref, _, pi = drawn
     p = pi.exp()
@@ -88,7 +90,7 @@ def test_kl_estimators_and_their_gradients(drawn):
 def test_k2_is_biased():
     """Claim 32, the other half. For one policy E k2 is computed by hand, and it is not the KL.
 
-    pi = (3/4, 1/4), ref = (1/2, 1/2).
+    pi = (3/4, 1/4), ref = (1/2, 1/2). The two agree to 1e-12.
     """
     pi, ref = vector(3 / 4, 1 / 4).log(), vector(1 / 2, 1 / 2).log()
     a, b = math.log(3 / 2), math.log(1 / 2)
@@ -104,7 +106,8 @@ def test_mirror_descent_from_the_reference_lands_on_the_optimum(drawn, beta, ste
     """Claim 36 (MDPO, https://arxiv.org/abs/2005.09814). A step multiplies the policy by exp(t A).
 
     A is any advantage. From ref, with steps that add up to 1/beta, the policy lands exactly on pi*.
-    The number of steps does not matter. So stopping early is a KL penalty.
+    The number of steps does not matter. So stopping early is a KL penalty. The two policies are
+    compared to 1e-9 (1e-9/beta for beta < 1).
     """
     ref, reward = drawn
     logps = ref
@@ -135,7 +138,10 @@ def test_a_mirror_step_maximises_what_it_says(drawn, beta, t):
 @given(worlds(policies=1), betas, st.floats(-3, 2).map(power_of_ten))
 def test_mirror_descent_with_a_kl_contracts(drawn, beta, t):
     """Claim 37. The step contains -beta KL(pi || ref). Then the centred log-ratio to pi* shrinks by
-    exactly 1/(1 + beta t) in each step, from any policy."""
+    exactly 1/(1 + beta t) in each step, from any policy.
+
+    The log-ratio after a step is compared with the one before it, to 1e-9 (1e-9/beta for beta < 1).
+    """
     ref, reward, pi = drawn
     star = world.optimal_policy(ref, reward, beta)
 
@@ -153,7 +159,8 @@ def test_the_first_mirror_step_is_the_policy_gradient(drawn, t):
     """Claim 38. At pi = pi_k the KL between the two has no gradient.
 
     So the first gradient step on MDPO's objective E_{pi_k}[pi/pi_k A] - KL(pi || pi_k)/t is the
-    policy gradient, for every t.
+    policy gradient, for every t. The step, by autograd, is compared with a sum over all responses,
+    to 1e-10 (1e-10/t for t < 1).
     """
     ref, reward, pi = drawn
 
@@ -178,16 +185,19 @@ def test_the_first_mirror_step_is_the_policy_gradient(drawn, t):
 @given(numbers(6, 5), numbers(6, 3), st.sampled_from([0.1, 0.2, 0.5]))
 def test_ppos_gradient_at_ratio_1_is_the_policy_gradient(drawn, advantage, clip):
     """Claim 33, first half. At pi = pi_old the loss of every token has the gradient
-    -A grad log pi, with and without the clip."""
-    old, advantage = drawn.view(2, 3), advantage.view(2, 3)
-    logps, mask = old.clone().requires_grad_(), torch.ones(2, 3).bool()
+    -A grad log pi, with and without the clip, and its value is -A. Outside the mask both are 0.
+    Autograd is compared with this, to 1e-12."""
+    old, mask = drawn.view(2, 3), torch.tensor([[True, True, False], [True, True, True]])
+    logps, everywhere = old.clone().requires_grad_(), advantage.view(2, 3)
+    advantage = everywhere * mask
     for limit in (clip, None):
-        loss = ppo.ppo_loss(logps, old, advantage, mask, limit)
+        loss = ppo.ppo_loss(logps, old, everywhere, mask, limit)
+        assert_same(loss.detach(), -advantage.sum() / 2, 1e-12, what="the loss at ratio 1")
         gradient = torch.autograd.grad(loss, logps)[0]
         assert_same(gradient, -advantage / 2, 1e-12, {
             "the sign is flipped. The loss is minus the gain": advantage / 2,
             "this is a sum over responses; wanted their mean": -advantage,
-            "this is a mean over tokens. J is a sum over the tokens of a response": -advantage / 6,
+            "this is a mean over tokens. J is a sum over the tokens of a response": -advantage / 5,
         }, what="the gradient at ratio 1")
 
 
@@ -198,7 +208,7 @@ def test_ppos_gradient_is_zero_where_the_policy_has_gone_far_enough(advantage, l
     below rho = 1 - clip.
 
     Everywhere else it is -rho A. This includes policies that went far in the wrong direction, so
-    that they can come back.
+    that they can come back. Autograd is compared with this, to 1e-12.
     """
     ratio = math.exp(log_ratio)
     assume(min(abs(ratio - 1 - clip), abs(ratio - 1 + clip)) > 1e-6)  # no gradient at the kink
@@ -231,8 +241,8 @@ def test_gae_between_the_td_error_and_the_return(drawn, gamma):
     """Claim 34. With lambda = 0, GAE is r + gamma V' - V, where V' = 0 after the last token.
 
     With lambda = gamma = 1 it is the sum of all rewards to come, minus V. In between it is the
-    exponentially weighted sum of TD errors (1506.02438, Eq. 16), which is added up here term by
-    term.
+    exponentially weighted sum of TD errors (1506.02438, Eq. 16). All three are added up here term
+    by term, and compared to 1e-12.
     """
     rewards, values, mask = drawn
     td = torch.zeros(3, 5).double()  # (B, S), as the two below
@@ -260,7 +270,7 @@ def test_reward_to_go_is_reinforce_plus_plus_advantage(drawn, other, scores, bet
     What is still to come of them is REINFORCE++'s advantage of a token before it is normalised,
     r - beta sum_{u >= t} log(pi_u/ref_u) (2501.03262). From the first token on it is
     r - beta log(pi/ref) of the whole response, whose expectation is J. It also is GAE with V = 0
-    and lambda = 1.
+    and lambda = 1. All are compared, the first with plain sums, to 1e-12 (1e-12 beta for beta > 1).
     """
     logps, ref_logps, mask = drawn[0], other.view(3, 5), drawn[2]
     rewards = ppo.token_rewards(scores, logps, ref_logps, mask, beta)
@@ -268,7 +278,8 @@ def test_reward_to_go_is_reinforce_plus_plus_advantage(drawn, other, scores, bet
     for b in range(3):
         for t in mask[b].nonzero().flatten().tolist():
             want[b, t] = scores[b] - beta * math.fsum(k1[b, t:].tolist())
-    got = ppo.reward_to_go(rewards, mask)
+    assert not rewards[~mask].any(), "outside of the response there are no rewards"
+    got = ppo.reward_to_go(torch.where(mask, rewards, drawn[1]), mask)  # outside it reads nothing
     tolerance = 1e-12 * max(1, beta)
     k1_to_go = k1.flip(1).cumsum(1).flip(1)
     assert_same(got, want, tolerance, {
@@ -282,6 +293,31 @@ def test_reward_to_go_is_reinforce_plus_plus_advantage(drawn, other, scores, bet
     first = torch.stack([got[b, mask[b].nonzero()[0, 0]] for b in range(3)])
     assert_same(first, scores - beta * k1.sum(-1), tolerance,
                 what="the advantage of the whole response")
+
+
+def test_value_loss_and_its_clip_by_hand():
+    """Without a clip: (1 - 3)^2 and (2 - 2)^2, halved and averaged. With clip 0.5 the first value,
+    which came from 0, gains by moving to 0.5 only: (0.5 - 3)^2. Outside the mask nothing counts."""
+    values, old = vector(1, 2, 9)[None], vector(0, 2, 0)[None]
+    returns, mask = vector(3, 2, -9)[None], torch.tensor([[True, True, False]])
+    assert_same(ppo.value_loss(values, old, returns, mask), vector(1.0)[0], 1e-12,
+                {"the half is missing": vector(2.0)[0]}, what="the critic's loss")
+    assert_same(ppo.value_loss(values, old, returns, mask, clip=0.5), vector(6.25 / 4)[0], 1e-12,
+                {"not clipped": vector(1.0)[0]}, what="the critic's clipped loss")
+
+
+@given(trajectories(), st.sampled_from([1.0, 1e-8]))
+def test_normalised_advantages(drawn, scale):
+    """The mean is subtracted. Then comes the division by the deviation plus 1e-8: advantages that
+    differ by no more than rounding stay small. To 1e-6; outside the mask all is 0."""
+    advantages, _, mask = drawn
+    got = ppo.normalise(scale * advantages, mask)
+    inside = [scale * a for a in advantages[mask].tolist()]
+    mean = math.fsum(inside) / len(inside)
+    deviation = math.sqrt(math.fsum((a - mean) ** 2 for a in inside) / (len(inside) - 1))
+    want = torch.where(mask, (scale * advantages - mean) / (deviation + 1e-8), 0.0)
+    assert_same(got, want, 1e-6, {"1e-8 is missing": ppo.normalise(1e6 * advantages, mask)},
+                what="the normalised advantages")
 
 
 def all_texts(vocab, longest):
@@ -355,7 +391,7 @@ def test_one_ppo_step_is_the_exact_gradient_of_j(small_language, critic):
     for i in range(len(rows)):
         one = slice(i, i + 1)
         logp = dpo.token_logps(policy(rows[one]), rows[one])
-        loss = ppo.ppo_loss(logp, logp.detach(), advantages[one], mask[one])
+        loss = ppo.ppo_loss(logp, logp.detach(), advantages[one], mask[one], clip=0.2)
         each.append(-flat_gradient(loss, policy))
     each, p = torch.stack(each), whole.exp().detach()  # (N, P), (N,)
     again = whole_logps(dpo.token_logps(policy(rows), rows), mask)

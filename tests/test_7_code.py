@@ -153,9 +153,9 @@ def test_logits_of_another_text_are_refused():
 @grades("response_logps")
 @given(masked_texts())
 def test_response_logps_are_the_log_of_the_product_of_probabilities(text):
-    """Claim 44. The sum runs over the response's tokens, for masks of any form (1e-11).
+    """Claim 44. The sum runs over the response's tokens, for masks of any form.
 
-    The empty mask is one of them. Its sum is 0.
+    It is compared with plain floats, one token at a time, to 1e-11. The empty mask has the sum 0.
     """
     logits, tokens, mask = text
     assert_same(dpo.response_logps(logits, tokens, mask), by_hand(logits, tokens, mask), 1e-11,
@@ -164,8 +164,8 @@ def test_response_logps_are_the_log_of_the_product_of_probabilities(text):
 
 @grades("response_logps")
 def test_uniform_logits_give_minus_n_ln_v():
-    """Claim 44. A response of n tokens has a sum of n terms -ln V. A mean would be -ln V for every
-    n, which is the objective of another paper."""
+    """Claim 44. A response of n tokens has a sum of n terms -ln V, to 1e-6. A mean would be -ln V
+    for every n, which is the objective of another paper."""
     mask = torch.tensor([[False, False, True, True, True], [False, True, False, False, False]])
     logps = dpo.response_logps(torch.zeros(2, 5, 7), torch.zeros(2, 5, dtype=torch.long), mask)
     v = math.log(7)
@@ -197,8 +197,8 @@ def test_prompt_and_padding_do_not_count():
     """Claim 44, on log-probabilities. In the loss, a prompt that is counted for both responses
     would cancel, and nobody would see it.
 
-    The padding id is changed, then the prompt, then the logits that predict no response token. No
-    bit of the result changes.
+    The padding id is changed, then the prompt, then the logits that predict no response token. The
+    results are compared exactly: no bit changes.
     """
     logits, tokens = torch.randn(2, 8, 5), torch.randint(5, (2, 8))
     mask = torch.zeros(2, 8, dtype=torch.bool)
@@ -224,7 +224,7 @@ def test_prompt_and_padding_do_not_count():
 @grades("response_logps")
 def test_last_response_token_counts():
     """Claim 44. EOS is the last response token. A model that is not scored on EOS never learns to
-    stop. Here EOS also is the last token of the row."""
+    stop. What EOS adds to the sum is compared with its own log-probability, to 1e-6."""
     logits, tokens = torch.randn(1, 4, 5), torch.tensor([[1, 2, 3, 4]])
     with_eos = torch.tensor([[False, False, True, True]])
     without_eos = torch.tensor([[False, False, True, False]])

@@ -1,6 +1,9 @@
 """data.py and users' files: tokens, masks, batches, the toy data, and files of pairs."""
+import bisect
 import gzip
+import itertools
 import json
+import math
 import os
 import re
 
@@ -11,7 +14,7 @@ import data
 import world
 from conftest import ROOT
 from data import DataError, Example, Pair, collate, load_preferences
-from support.preferences import leave_out_equal, save_preferences, split, split_by_prompt
+from support.preferences import leave_out_equal, save_preferences, show, split, split_by_prompt
 
 TOY = data.get_tokenizer("toy")
 
@@ -50,9 +53,9 @@ def test_unknown_tokenizer_is_refused():
 
 def test_oracle_collate():
     """By hand (claims: "Oracles with numbers"): the chosen rows come first, then the rejected
-    ones, all padded to the longest row of the batch."""
+    ones, all padded with 0 to the longest row of the batch."""
     examples = [Example([1, 2, 3], [4, 5], [6]), Example([7, 8], [9, 10], [11, 12, 13])]
-    batch = collate(examples, pad_id=0)
+    batch = collate(examples)
     assert batch["tokens"].tolist() == [
         [1, 2, 3, 4, 5],
         [7, 8, 9, 10, 0],
@@ -63,6 +66,8 @@ def test_oracle_collate():
         [0, 0, 1, 1, 0],
         [0, 0, 0, 1, 0],
         [0, 0, 1, 1, 1]]
+    tokens, _ = data.pad([[1, 2, 3], [7, 8]], [[4, 5], [9, 10]])
+    assert torch.equal(tokens, batch["tokens"][:2]), "pad pads with something else than collate"
 
 
 @pytest.mark.parametrize("pad_id", [0, TOY.eot_token])
@@ -95,9 +100,24 @@ def test_the_border_between_prompt_and_response_never_merges(prompt, response):
 
 
 def test_too_long_pairs_are_handed_back_whole():
-    short, long = Pair("a", "b", "c"), Pair("a", "b", "c" * 30)
-    examples, too_long = data.tokenize([short, long], TOY, max_length=10)
-    assert len(examples) == 1 and too_long == [long]
+    """Prompt, response and EOS have 3, 10 and 11 tokens. At most 10 are allowed."""
+    short, fits, long = [Pair("a", "b", "c" * n) for n in (1, 8, 9)]
+    examples, too_long = data.tokenize([short, fits, long], TOY, max_length=10)
+    assert [len(e) for e in examples] == [3, 10], "10 tokens are not more than 10"
+    assert too_long == [long]
+
+
+def epoch_by_hand(lengths, batch_size, seed):
+    """The batches of an epoch: one shuffle, one sort of all places by three keys, one cut, and a
+    shuffle of the batches."""
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(lengths), generator=generator).tolist()
+
+    def key(place):
+        return place // (50 * batch_size), lengths[shuffled[place]] // 32, place
+    indices = [shuffled[place] for place in sorted(range(len(lengths)), key=key)]
+    cut = [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)]
+    return [cut[i] for i in torch.randperm(len(cut), generator=generator).tolist()]
 
 
 def padding_factor(batches, lengths):
@@ -106,75 +126,109 @@ def padding_factor(batches, lengths):
     return padded / sum(lengths)
 
 
-def test_batches_hold_every_index_once_and_repeat_with_the_seed():
-    lengths = torch.randint(5, 300, (1003,)).tolist()
-    batches = data.batches(lengths, 16, seed=3)
-    assert sorted(sum(batches, [])) == list(range(1003))
-    assert batches == data.batches(lengths, 16, seed=3) != data.batches(lengths, 16, seed=4)
-    in_order = [list(range(i, min(i + 16, 1003))) for i in range(0, 1003, 16)]
-    assert padding_factor(batches, lengths) < 1.2 < padding_factor(in_order, lengths), \
-        "grouping by length saves most of the padding"
+@pytest.mark.parametrize("n, batch_size", [(1003, 16), (1003, 4), (600, 4), (3, 4)])
+def test_batches_hold_every_index_once_and_repeat_with_the_seed(n, batch_size):
+    """Equal to `epoch_by_hand`, batch by batch, with 2, 6, 3 and 1 windows of 50 batches."""
+    lengths = torch.randint(5, 300, (n,), generator=torch.Generator().manual_seed(0)).tolist()
+    batches = data.batches(lengths, batch_size, seed=3)
+    assert sorted(sum(batches, [])) == list(range(n)), "an index is lost, or comes twice"
+    assert batches == epoch_by_hand(lengths, batch_size, seed=3), \
+        "every index comes once, but in another order: another seed, window or bucket?"
+    if batch_size == 16:
+        in_order = [list(range(i, min(i + 16, n))) for i in range(0, n, 16)]
+        assert padding_factor(batches, lengths) < 1.2 < padding_factor(in_order, lengths), \
+            "grouping by length saves most of the padding"
 
 
 def test_toy_batches_mix_lengths():
     """Batches of one length each would make the gradient swing with the length. The toy texts
     have 14 to 20 tokens and must be drawn together."""
-    examples, _ = data.tokenize(data.make_preferences(3200), TOY)
+    examples, _ = data.tokenize(data.make_preferences(640), TOY)
     first = data.batches([len(e) for e in examples], 64, seed=0)[0]
     assert len({len(examples[i]) for i in first}) > 2
 
 
-def test_a_plan_holds_every_index_once_an_epoch_in_another_order():
-    """data.epochs is data.batches three times, each time with another seed."""
-    lengths = torch.randint(5, 300, (103,)).tolist()
-    plan = data.epochs(lengths, 16, seed=3, n=3)
-    a_third = len(plan) // 3
-    parts = [plan[:a_third], plan[a_third:2 * a_third], plan[2 * a_third:]]
-    for part in parts:
-        assert sorted(sum(part, [])) == list(range(103))
-    assert parts[0] != parts[1] != parts[2] != parts[0]
-    assert plan == data.epochs(lengths, 16, seed=3, n=3) != data.epochs(lengths, 16, seed=4, n=3)
+def test_each_epoch_of_each_seed_has_an_order_of_its_own():
+    """Epoch e of seed s is `data.batches` with the seed 1000 s + e. So below 1000 epochs no order
+    comes twice."""
+    lengths = list(range(5, 108))
+    by_hand = [data.batches(lengths, 16, k) for k in (3000, 3001, 3002)]
+    assert by_hand[0] != by_hand[1] != by_hand[2] != by_hand[0]
+    assert data.epochs(lengths, 16, seed=3, n=3) == sum(by_hand, [])
     assert data.epochs(lengths, 16, seed=3, n=0) == []
 
 
 # ---- The toy data
 
-def test_preferences_are_fixed_by_their_seed_and_never_touch_a_held_out_prompt():
-    pairs = data.make_preferences(2000, seed=5)
-    assert pairs == data.make_preferences(2000, seed=5) != data.make_preferences(2000, seed=6)
-    held_out = set(world.prompts()[1])
-    assert not any(p.prompt in held_out for p in pairs)
-    assert all(p.chosen != p.rejected for p in pairs)
-    assert all(world.parse(p.chosen) and world.parse(p.rejected) for p in pairs)
-    assert not any(prompt in held_out for prompt, _ in data.make_sft_corpus(500, seed=0))
+def draws_by_hand(logps, prompts, generator):
+    """One response number for each prompt number, by inverse transform: the first one up to which
+    the probabilities add to a share u of the whole, u uniform."""
+    cdfs = [list(itertools.accumulate(map(math.exp, row))) for row in logps.tolist()]
+    uniform = torch.rand(len(prompts), generator=generator, dtype=torch.float64).tolist()
+    return [bisect.bisect_left(cdfs[x], u * cdfs[x][-1]) for x, u in zip(prompts, uniform)]
 
 
-def test_annotators_compare_the_same_texts():
-    human = data.make_preferences(500, "human", seed=1)
-    ai = data.make_preferences(500, "ai", seed=1)
-    assert [{p.chosen, p.rejected} for p in human] == [{p.chosen, p.rejected} for p in ai]
-    assert human != ai
+def test_draw_is_the_inverse_transform():
+    """Equal to `draws_by_hand`. The rows need not add to 1, and may hold impossible responses."""
+    logps = torch.tensor([[0.5, 0.0, 0.25, 0.0], [0.0, 3.0, 1.0, 4.0]], dtype=torch.float64).log()
+    prompts = [0, 1, 1] * 100
+    drawn = data.draw(logps, torch.tensor(prompts), torch.Generator().manual_seed(2)).tolist()
+    assert drawn == draws_by_hand(logps, prompts, torch.Generator().manual_seed(2))
+    assert {*zip(prompts, drawn)} == {(0, 0), (0, 2), (1, 1), (1, 2), (1, 3)}
 
 
-def test_responses_are_drawn_from_the_grammar():
-    """48,000 draws: the share of each word is within 5 standard errors of the grammar's
-    probability."""
-    corpus = data.make_sft_corpus(48000, seed=0)
-    prompt = world.prompts()[0][0]
-    drawn = [y for x, y in corpus if x == prompt]
-    probabilities = world.grammar_logps([prompt])[0].exp().tolist()
-    for word in list(world.VALENCE) + ["loved", " not", " very", "but"]:
-        p = sum(q for q, y in zip(probabilities, world.responses()) if word in y)
-        share = sum(word in y for y in drawn) / len(drawn)
-        assert abs(share - p) < 5 * (p * (1 - p) / len(drawn)) ** 0.5, word
+def pairs_by_hand(n, score, seed):
+    """n preference pairs, one after the other: two different responses, and Eq. 1 says with which
+    probability the first of them is preferred."""
+    train, _ = world.prompts()
+    texts, logps = world.responses(), world.grammar_logps(train)
+    generator = torch.Generator().manual_seed(seed)
+    prompts = [i % len(train) for i in range(n)]
+    first = draws_by_hand(logps, prompts, generator)
+    second = draws_by_hand(logps, prompts, generator)
+    while again := [i for i in range(n) if first[i] == second[i]]:
+        drawn = draws_by_hand(logps, [prompts[i] for i in again], generator)
+        for i, y in zip(again, drawn):
+            second[i] = y
+    pairs = []
+    for x, y_1, y_2, u in zip(prompts, first, second,
+                              torch.rand(n, generator=generator, dtype=torch.float64).tolist()):
+        prompt, a, b = train[x], texts[y_1], texts[y_2]
+        p = 1 / (1 + math.exp(score(prompt, b) - score(prompt, a)))  # Eq. 1
+        pairs.append(Pair(prompt, a, b) if u < p else Pair(prompt, b, a))
+    return pairs
+
+
+def test_preferences_are_draws_from_the_grammar_and_from_eq_1():
+    """Equal to `pairs_by_hand`. So a seed fixes the pairs, every annotator compares the same
+    responses, and no prompt is held out. The labels of a human, from seed 0, are the default."""
+    pairs = data.make_preferences(2000)
+    assert pairs == pairs_by_hand(2000, world.true_reward, seed=0), \
+        "equal responses, labels the wrong way round, or random numbers in another order?"
+    assert [p.where for p in pairs[:2]] == ["toy pair 0", "toy pair 1"]
+    assert data.make_preferences(1000, "ai", seed=5) == pairs_by_hand(1000, world.ai_score, seed=5)
+
+
+def test_the_sft_corpus_is_drawn_from_the_grammar():
+    """Equal to `draws_by_hand`, for the train prompts in turn."""
+    train, texts = world.prompts()[0], world.responses()
+    prompts = [i % len(train) for i in range(500)]
+    which = draws_by_hand(world.grammar_logps(train), prompts, torch.Generator().manual_seed(6))
+    assert data.make_sft_corpus(500, seed=6) == [(train[x], texts[y])
+                                                 for x, y in zip(prompts, which)]
 
 
 def test_written_pairs_read_back_and_nothing_is_overwritten(tmp_path):
-    pairs = data.make_preferences(20)
-    save_preferences(pairs, tmp_path / "p.jsonl")
-    assert load_preferences(tmp_path / "p.jsonl") == pairs
+    """A file holds one JSON object a line, and its text can be read: UTF-8, without escapes."""
+    path = tmp_path / "p.jsonl"
+    pairs = [Pair("naïve", " 日本", " \u2028b"), Pair("a", "b", "\nc")]
+    save_preferences(pairs, path)
+    assert path.read_bytes().decode("utf-8") == (
+        '{"prompt": "naïve", "chosen": " 日本", "rejected": " \u2028b"}\n'
+        '{"prompt": "a", "chosen": "b", "rejected": "\\nc"}\n')
+    assert load_preferences(str(path)) == pairs
     with pytest.raises(FileExistsError):
-        save_preferences(pairs, tmp_path / "p.jsonl")
+        save_preferences(pairs, path)
 
 
 # ---- Users' files
@@ -225,6 +279,7 @@ def test_line_separators_inside_a_string_do_not_end_the_line(tmp_path):
      (HH[:-len(" I think ")], " I think so.", " I think not.")),
     # any other text: the common prefix, back to a whole word
     ({"chosen": "the cat sat", "rejected": "the car sat"}, ("the", " cat sat", " car sat")),
+    ({"chosen": "the cart", "rejected": "the care"}, ("the", " cart", " care")),
     # messages: with the prompt apart, inside both answers, and as a text beside them
     ({"prompt": [user("Hi")], "chosen": [assistant("yes")], "rejected": [assistant("no")]},
      (HI, " yes", " no")),
@@ -246,20 +301,30 @@ def test_dialogue_forms(tmp_path, row, expected):
     ('{"prompt": "p", ', "not JSON"),
     ("[1, 2]", "not an object"),
     ({"prompt": "p", "chosen": "c"}, "no 'rejected'"),
+    ({"prompt": "p"}, "no 'chosen'"),
     (ROW | {"chosen": None}, "chosen is None"),
     (ROW | {"prompt": 3}, "prompt is 3"),
     (ROW | {"prompt": None}, "prompt is None"),
     (ROW | {"rejected": "  "}, "rejected is empty"),
-    (ROW | {"prompt": ""}, "prompt is empty"),
-    (ROW | {"chosen": "\ud83d"}, "surrogate"),
+    ({"prompt": "", "chosen": "", "rejected": "r"}, "prompt is empty"),
+    (ROW | {"chosen": "c\ud800"}, "chosen holds half of a surrogate"),
+    (ROW | {"rejected": "\udfffr"}, "rejected holds half of a surrogate"),
     ({"chosen": "abc", "rejected": "xyz"}, "do not begin alike"),
     (ROW | {"chosen": [assistant("c")]}, "chosen is"),
-    ({"chosen": [{"role": "bot", "content": "x"}], "rejected": [assistant("r")]}, "message"),
+    ({"chosen": [{"role": "bot", "content": "x"}], "rejected": ["r"]}, "message {'role': 'bot'"),
+    ({"chosen": [assistant("c")], "rejected": ["r"]}, "message 'r'"),
+    ({"chosen": [assistant(3)], "rejected": [assistant("r")]}, "message .*'content': 3"),
+    ({"prompt": [user(4)], "chosen": [assistant("c")], "rejected": [assistant("r")]},
+     "message .*'content': 4"),
     ({"prompt": "Bye", "chosen": [user("Hi"), assistant("y")],
       "rejected": [user("Hi"), assistant("n")]}, "prompt 'Bye'"),
+    ({"prompt": "y", "chosen": [assistant("y")], "rejected": [assistant("n")]}, "prompt 'y'"),
     ({"chosen": [assistant("y")], "rejected": [assistant("n")]}, "no prompt message"),
     ({"prompt": [user("Hi")], "chosen": [assistant("y"), user("and?")],
-      "rejected": [assistant("n")]}, "exactly one assistant message"),
+      "rejected": [assistant("n"), user("and?")]}, "chosen must end in exactly one assistant"),
+    ({"chosen": [user("Hi"), assistant("y")],
+      "rejected": [user("Hi"), assistant("y"), user("and?")]},
+     "rejected must end in exactly one assistant"),
 ])
 def test_a_bad_row_is_named_with_file_line_and_value(tmp_path, row, message):
     path = write(tmp_path / "bad.jsonl", ROW, "", row)
@@ -268,12 +333,20 @@ def test_a_bad_row_is_named_with_file_line_and_value(tmp_path, row, message):
     assert "bad.jsonl, line 3" in str(error.value), "blank lines count as lines"
 
 
+def test_a_value_is_shown_with_at_most_60_characters():
+    assert show("x" * 58) == "'" + "x" * 58 + "'"
+    assert show("x" * 59) == "'" + "x" * 56 + "..."
+
+
 @pytest.mark.parametrize("name, content, message", [
     ("a.csv", b"prompt,chosen", "must end in"),
     ("a.jsonl", b"", "holds no pairs"),
     ("a.json", b"{}", "array"),
+    ("a.json", b'[{"prompt": "p", "chosen": "c", "rejected": "r"}, 3]', "item 2: 3 is not"),
     ("a.jsonl", b'{"prompt": "\xff"}', "0xff"),
     ("a.jsonl.gz", b"not gzip", "cannot be read"),
+    ("a.jsonl.gz", gzip.compress(b"{}")[:-1], "cannot be read"),
+    ("a.jsonl.gz", gzip.compress(b"{}")[:10] + b"\xff", "cannot be read"),
 ])
 def test_a_bad_file_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
@@ -294,14 +367,15 @@ def test_pairs_without_a_difference_are_set_aside():
 
 def test_split_keeps_a_prompt_on_one_side():
     pairs = [Pair(f"prompt {i % 20}", f"c{i}", "r") for i in range(100)]
-    train, held_out = split_by_prompt(pairs, 0.1, seed=0)
-    assert len(train) == 90 and len(held_out) == 10
+    train, held_out = split_by_prompt(pairs, seed=0)
+    assert len(train) == 90 and len(held_out) == 10, "a tenth of the prompts is held out"
     assert not {p.prompt for p in train} & {p.prompt for p in held_out}
     # which prompts are held out does not depend on the order of the pairs
-    train_2, held_out_2 = split_by_prompt(pairs[::-1], 0.1, seed=0)
+    train_2, held_out_2 = split_by_prompt(pairs[::-1], seed=0)
     assert (train_2[::-1], held_out_2[::-1]) == (train, held_out)
+    assert [len(split_by_prompt(pairs[:n], seed=0)[1]) for n in (10, 15, 20)] == [1, 2, 2]
     with pytest.raises(DataError, match="bring more prompts"):
-        split_by_prompt(pairs[:1], 0.1, seed=0)
+        split_by_prompt(pairs[:5], seed=0)
 
 
 def test_split_leaves_out_pairs_without_a_difference():
@@ -309,7 +383,7 @@ def test_split_leaves_out_pairs_without_a_difference():
     prompts is held out."""
     pairs = [Pair(f"prompt {i}", "c", "r") for i in range(20)]
     equal = Pair("prompt 0", "c", "c")
-    assert split(pairs + [equal], seed=4) == (*split_by_prompt(pairs, 0.1, seed=4), [equal])
+    assert split(pairs + [equal], seed=4) == (*split_by_prompt(pairs, seed=4), [equal])
 
 
 def test_the_shared_file_of_real_pairs():

@@ -2,6 +2,8 @@
 checkpoints and GPT-2's weights."""
 import json
 import math
+import os
+import shutil
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from safetensors.torch import save_file
 
 from dpo import response_logps
 from model import GPT, GPTConfig, sample
-from support.checkpoints import fingerprint, load_model, save_model
+from support.checkpoints import fingerprint, is_fingerprint, load_model, save_model
 
 CONFIG = GPTConfig(block_size=24, vocab_size=40, n_layer=2, n_head=2, n_embd=16)
 
@@ -94,13 +96,40 @@ def test_hidden_states_then_head_is_forward(model):
     assert model.head.weight is model.wte.weight, "the head is tied to the token embedding"
 
 
-def test_cache_gives_the_same_logits_in_any_pieces(model):
+def test_cache_gives_the_same_logits_in_any_pieces(model, monkeypatch):
+    """Tolerance 1e-5: both are float32. PyTorch takes no mask where is_causal is set, and its
+    fastest kernels take none at all. So there is a mask only where it is needed: where several new
+    tokens follow a past."""
+    attention, masked = torch.nn.functional.scaled_dot_product_attention, []
+
+    def keep_mask(q, k, v, attn_mask, **kwargs):
+        masked.append(attn_mask is not None)
+        return attention(q, k, v, attn_mask, **kwargs)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", keep_mask)
     tokens = torch.randint(40, (2, 12))
     whole = model(tokens)
-    for pieces in ([12], [1] * 12, [5, 1, 6], [3, 4, 5]):
+    for pieces in ([12], [1] * 12, [2] * 6, [5, 1, 6], [3, 4, 5]):
         cache = model.new_cache()
+        masked.clear()
         parts = [model(piece, cache) for piece in tokens.split(pieces, dim=1)]
         assert (torch.cat(parts, 1) - whole).abs().max() < 1e-5, f"read in pieces of {pieces}"
+        needed = [i > 0 and size > 1 for i, size in enumerate(pieces)]
+        assert masked[::2] == masked[1::2] == needed, f"masks, read in pieces of {pieces}"
+
+
+def test_attention_weights_are_dropped_in_training_alone():
+    """A token that stands alone gives its whole attention to itself. With dropout 1/4 a head's
+    answer is 0 with probability 1/4, and 4/3 of the value otherwise: 4,000 heads, 5 standard
+    errors. Without training it is the value."""
+    attention = GPT(GPTConfig(8, 9, n_layer=1, n_head=2, n_embd=4, dropout=0.25)).h[0].attn
+    attention.c_proj, attention.resid_dropout = torch.nn.Identity(), torch.nn.Identity()
+    x = torch.randn(2000, 1, 4)
+    value = attention.c_attn(x)[..., 8:]  # (2000, 1, 4)
+    assert torch.equal(attention.eval()(x)[0], value)
+    kept = attention.train()(x)[0] / value  # (2000, 1, 4)
+    assert torch.equal(kept[..., ::2] == 0, kept[..., 1::2] == 0), "a head is dropped as a whole"
+    assert torch.allclose(kept[kept != 0], torch.tensor(4 / 3))
+    assert abs((kept == 0).double().mean().item() - 0.25) < 5 * math.sqrt(0.25 * 0.75 / 4000)
 
 
 def test_padding_changes_nothing(model):
@@ -122,12 +151,10 @@ def test_padding_changes_nothing(model):
 # ---- Generation
 
 def test_greedy_generation_with_cache_without_and_by_hand(model):
-    """Prompts of different lengths: with the cache, without it, each prompt alone, and the
-    likeliest token of a full forward, token for token."""
-    prompts = [[3, 1, 4], [1, 5, 9, 2, 6, 5], [35]]
-    cached = model.generate(prompts, 10, temperature=0)
-    assert cached == model.generate(prompts, 10, temperature=0, use_cache=False)
-    for prompt, response in zip(prompts, cached):
+    """Prompts of different lengths: all together, each alone, and the likeliest token of a full
+    forward without a cache, token for token. The longest text fills the model's block."""
+    prompts = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2], [35]]
+    for prompt, response in zip(prompts, model.generate(prompts, 10, temperature=0)):
         assert response == model.generate([prompt], 10, temperature=0)[0]
         tokens = list(prompt)
         for _ in range(10):
@@ -135,30 +162,52 @@ def test_greedy_generation_with_cache_without_and_by_hand(model):
         assert response == tokens[len(prompt):]
 
 
-def test_generation_stops_after_eos_and_keeps_it(model):
-    prompts = [[7, 8], [9, 10, 11]]
-    free = model.generate(prompts, 12, temperature=0)
-    eos = free[0][3]
-    stopped = model.generate(prompts, 12, temperature=0, eos_id=eos)
-    for full, cut in zip(free, stopped):
-        assert cut == (full[:full.index(eos) + 1] if eos in full else full)
+def test_generation_stops_after_eos_and_keeps_it(model, monkeypatch):
+    """200 tables of 3 texts say which token is drawn where. The tokens are 0 to 3, and 0 is EOS,
+    in prompts too. A response is its row after the prompt, up to the first EOS. What is read is
+    counted: the shortest prompt's length once, then a token a text, until the last response ends.
+    """
+    read = []
+
+    def hidden(idx, cache):
+        read.append(idx.size(1))
+        return torch.zeros(*idx.shape, 16)
+    monkeypatch.setattr(model, "hidden", hidden)
+    for k in range(200):
+        table, lengths = torch.randint(4, (3, 11)), torch.randint(1, 6, (3,)).tolist()
+        rows = table.tolist()
+        eos, start = (None, 0)[k % 2], min(lengths)
+        read.clear()
+        monkeypatch.setattr("model.sample", lambda *_: table[:, start + len(read) - 1])
+        got = model.generate([row[:n] for row, n in zip(rows, lengths)], 6, eos_id=eos)
+        want = [row[n:n + 6] for row, n in zip(rows, lengths)]
+        if eos is not None:
+            want = [y[:y.index(0) + 1] if 0 in y else y for y in want]
+        assert got == want, "a response keeps its first EOS, and ends with it"
+        last = max(n + len(y) for n, y in zip(lengths, want))
+        assert read == [start] + [1] * (last - start - 1), "more is read than is needed"
 
 
 def test_samples_follow_the_model(model):
     """20,000 samples of one next token: every frequency is within 5 standard errors of the
     softmax."""
     prompt = [3, 1, 4]
-    for temperature in (1.0, 0.5):
+    for temperature, chosen in ((1.0, {}), (0.5, {"temperature": 0.5})):  # 1 is the default
         p = (model(torch.tensor([prompt]))[0, -1] / temperature).softmax(-1)
-        samples = model.generate([prompt] * 20000, 1, temperature=temperature)
+        samples = model.generate([prompt] * 20000, 1, **chosen)
         share = torch.bincount(torch.tensor(samples).flatten(), minlength=40) / 20000
         assert ((share - p).abs() <= 5 * (p * (1 - p) / 20000).sqrt() + 1e-9).all()
 
 
 def test_top_k_samples_among_the_k_likeliest():
+    """The k likeliest keep their odds, e : 1 here for k = 2: 5 standard errors of 2,000 samples.
+    A k above the vocabulary's size excludes nothing."""
     logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]]).expand(2000, -1)
-    assert set(sample(logits, top_k=2).tolist()) == {1, 3}
+    drawn, p = sample(logits, top_k=2), math.e / (math.e + 1)
+    assert set(drawn.tolist()) == {1, 3}
+    assert abs((drawn == 1).double().mean().item() - p) < 5 * math.sqrt(p * (1 - p) / 2000)
     assert set(sample(logits, top_k=1).tolist()) == {1}
+    assert set(sample(logits, top_k=5).tolist()) == {0, 1, 2, 3}
 
 
 def test_generate_leaves_the_mode_and_ignores_dropout():
@@ -172,25 +221,32 @@ def test_generate_leaves_the_mode_and_ignores_dropout():
 @pytest.mark.parametrize("call, message", [
     (lambda m: m(torch.zeros(1, 25, dtype=torch.long)), "block_size=24"),
     (lambda m: m.generate([[1] * 20], 5), "block_size=24"),
-    (lambda m: m.generate([[]], 5), "at least one prompt, and a token in each"),
+    (lambda m: m.generate([], 5), "at least one prompt, and a token in each"),
+    (lambda m: m.generate([[1], []], 5), "at least one prompt, and a token in each"),
     (lambda m: m.generate([[1]], 5, temperature=-1), "temperature=-1"),
-    (lambda m: GPTConfig(n_embd=10, n_head=4), "n_embd=10"),
+    (lambda m: GPTConfig(24, 40, n_layer=2, n_head=4, n_embd=10), "n_embd=10"),
 ])
 def test_impossible_requests_say_why(model, call, message):
     with pytest.raises(ValueError, match=message):
         call(model)
 
 
-def test_residual_projections_start_smaller():
-    """GPT-2's initialisation: standard deviation s everywhere, and s/sqrt(2 n_layer) in the
-    projections into the residual stream. Here s = 0.02 sqrt(768/n_embd)."""
-    model = GPT(GPTConfig(n_layer=8, n_embd=192, n_head=4, vocab_size=500))
-    s = 0.04
-    mlp = model.h[3].mlp
-    assert model.wte.weight.std().item() == pytest.approx(s, rel=0.05)
-    assert mlp.c_fc.weight.std().item() == pytest.approx(s, rel=0.05)
-    assert mlp.c_proj.weight.std().item() == pytest.approx(s / 4, rel=0.05)
-    assert not mlp.c_fc.bias.any() and (model.ln_f.weight == 1).all()
+def test_residual_projections_start_smaller(monkeypatch):
+    """GPT-2's initialisation: normal, with standard deviation s = 0.02 at its width of 768 and
+    twice as much at 192, and s/sqrt(2 n_layer) in the projections into the residual stream. The
+    standard deviation itself stands in the place of what is drawn (1e-6 of it, float32)."""
+    def fill(p, mean=0.0, std=1.0):
+        p.data.fill_(std)
+    monkeypatch.setattr(torch.nn.init, "normal_", fill)
+    for n_embd, s in ((768, 0.02), (192, 0.04)):
+        model = GPT(GPTConfig(block_size=2, vocab_size=3, n_layer=2, n_head=4, n_embd=n_embd))
+        for name, p in model.named_parameters():
+            want = 0.0 if name.endswith("bias") else s
+            if name.endswith("c_proj.weight"):
+                want = s / 2
+            if name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight")):
+                want = 1.0
+            assert torch.allclose(p, torch.tensor(want), rtol=1e-6, atol=0), name
 
 
 # ---- Checkpoints
@@ -216,24 +272,52 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(model, tmp_path, monkeypa
     assert load_model(tmp_path / "m.pt")[1] == {"version": 1}
 
 
+class Code:
+    """Where it is unpickled, it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
 def test_what_is_no_checkpoint_is_refused_by_name(tmp_path):
+    """A text, and a file that would run code. The code is not run."""
     (tmp_path / "x.pt").write_text("hello", encoding="utf-8")
-    with pytest.raises(ValueError, match="x.pt is not a checkpoint"):
-        load_model(tmp_path / "x.pt")
+    torch.save({"weights": Code(str(tmp_path / "made"))}, tmp_path / "y.pt")
+    for name in ("x.pt", "y.pt"):
+        with pytest.raises(ValueError, match=f"{name} is not a checkpoint"):
+            load_model(tmp_path / name)
+    assert not (tmp_path / "made").exists(), "a checkpoint has run code"
     with pytest.raises(FileNotFoundError):
         load_model(tmp_path / "absent.pt")
 
 
 def test_a_fingerprint_tells_weights_apart(model):
-    """The same weights have the same fingerprint in any mode. A change of 1e-3 in one weight of
-    any tensor shows in it."""
+    """The same weights have the same fingerprint in any mode. A change of the last bit of one
+    weight shows in it, and so does the order of the weights of a tensor: the order of a sum does
+    not matter, that of a hash does."""
     before = fingerprint(model)
     assert fingerprint(model.train()) == before
     for p in model.parameters():
-        with torch.no_grad():
-            p.view(-1)[0] += 1e-3
-            assert fingerprint(model) != before
-            p.view(-1)[0] -= 1e-3
+        kept = p.detach().clone()
+        changed = kept.clone()
+        changed.view(-1)[0] = torch.nextafter(kept.view(-1)[0], torch.tensor(math.inf))
+        for other in (changed, kept.flip(0)):
+            p.data = other
+            assert torch.equal(other, kept) or fingerprint(model) != before, "a change unseen"
+        p.data = kept
+    assert fingerprint(model) == before
+
+
+def test_the_fingerprint_of_an_older_run_is_still_known(model):
+    """It was the sum of each tensor, to 9 digits. That of other weights is refused."""
+    older = " ".join(f"{p.double().sum().item():.9g}" for p in model.parameters())
+    assert is_fingerprint(older, model) and is_fingerprint(fingerprint(model), model)
+    with torch.no_grad():
+        model.wte.weight[0] += 1e-3
+    assert not is_fingerprint(older, model)
 
 
 # ---- GPT-2's weights
@@ -253,6 +337,9 @@ def gpt2_folder(tmp_path, prefix="", **changes):
             tensors[prefix + name] = value.contiguous().clone()
     for layer in range(2):  # its causal masks
         tensors[prefix + f"h.{layer}.attn.bias"] = torch.ones(1, 1, 24, 24)
+        tensors[prefix + f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    if prefix:
+        tensors["lm_head.weight"] = source.state_dict()["head.weight"].clone()
     save_file(tensors, tmp_path / "model.safetensors")
     config = {"n_positions": 24, "vocab_size": 40, "n_layer": 2, "n_head": 2, "n_embd": 16,
               "model_type": "gpt2"}
@@ -262,8 +349,9 @@ def gpt2_folder(tmp_path, prefix="", **changes):
 
 @pytest.mark.parametrize("prefix", ["", "transformer."])
 def test_gpt2_weights_load(tmp_path, prefix):
+    """Logits in float64 agree to 1e-9. Nothing is dropped, even in training."""
     source = gpt2_folder(tmp_path, prefix)
-    loaded = GPT.from_pretrained(tmp_path).eval().double()
+    loaded = GPT.from_pretrained(tmp_path).double()
     tokens = torch.randint(40, (9,))
     oracle = plain_gpt(source.state_dict(), CONFIG, tokens.tolist())
     assert (loaded(tokens[None])[0] - oracle).abs().max() < 1e-9, \
@@ -277,6 +365,27 @@ def test_gpt2_weights_that_do_not_fit_are_refused_by_name(tmp_path, changes, mes
     gpt2_folder(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
         GPT.from_pretrained(tmp_path)
+
+
+def test_a_model_of_a_known_name_is_downloaded_once(tmp_path, monkeypatch):
+    """From the addresses where GPT-2 is published, into torch.hub's folder. A file that is there
+    is not downloaded again."""
+    hub, asked = tmp_path / "not" / "there", []
+    source = gpt2_folder(tmp_path)
+
+    def download(url, path):
+        asked.append(url)
+        shutil.copy(tmp_path / url.rsplit("/")[-1], path)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(hub))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    where = "https://huggingface.co/openai-community/gpt2-large/resolve/main/"
+    for missing in (["config.json", "model.safetensors"], ["model.safetensors"], []):
+        for name in missing:
+            (hub / "gpt2-large" / name).unlink(missing_ok=True)
+        asked.clear()
+        loaded = GPT.from_pretrained("gpt2-large")
+        assert asked == [where + name for name in missing]
+        assert torch.equal(loaded.h[1].mlp.c_fc.weight, source.h[1].mlp.c_fc.weight)
 
 
 def test_an_unknown_model_name_lists_the_known_ones():

@@ -1,27 +1,30 @@
-"""rlhf.py: the reward model, what a scoring function returns, the loop of policy learning and its
-switches, and the command `python rlhf.py DIR`."""
+"""rlhf.py: what a scoring function returns, what policy learning refuses, whether both steps learn,
+and the command `python rlhf.py DIR`. Each step itself is done by hand in test_steps.py."""
+import contextlib
 import copy
-import math
+import io
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
+from functools import lru_cache
 
 import pytest
 import torch
 
 import data
 import evaluate
-import ppo
 import rlhf
 import world
 from conftest import ROOT
 from lab.judges import all_scores, judge_quality
 from model import GPT, GPTConfig
-from support.checkpoints import fingerprint, load_model
-from support.files import read_json, read_jsonl, write_json
+from support.checkpoints import fingerprint, load_model, save_model
+from support.files import append_jsonl, read_json, read_jsonl, write_json
 from support.run import Run, load_run, load_toy_run
-from tools import assert_same, vector
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -34,204 +37,270 @@ def toy():
     return gpt, tokenizer, [tokenizer.encode_ordinary(x) for x in world.prompts()[0][:4]]
 
 
-# ---- The reward model
-
-@pytest.mark.parametrize("read", ["tokens", "end"])
-def test_a_reward_model_starts_at_ln_2_and_does_not_see_padding(toy, read):
-    """Before training every score is 0 and the loss is ln 2, as DPO's is. After it a score depends
-    on prompt and response alone, and not on what stands beside them in the batch (1e-5).
-    Gradients reach every tensor."""
-    gpt, tokenizer, prompts = toy
-    prompts = prompts[:2]
-    model = rlhf.RewardModel(gpt, read)
-    responses = []
-    for text in (world.responses()[5], world.responses()[-1]):
-        responses.append(tokenizer.encode_ordinary(text) + [tokenizer.eot_token])
-    tokens, mask = data.pad(prompts, responses)
-    scores = model(tokens, mask)
-    assert_same(scores, torch.zeros(2), 0, what="the first scores")
-    losses = rlhf.reward_model_loss(scores, torch.zeros(2))
-    assert_same(losses, torch.full((2,), math.log(2)), 1e-6, what="the first loss")
-
-    torch.nn.init.normal_(model.scalar.weight)
-    scores = model(tokens, mask)
-    alone = torch.cat([model(*data.pad([x], [y])) for x, y in zip(prompts, responses)])
-    at_the_end = model.scalar(model.body.hidden(tokens))[:, -1, 0]
-    assert_same(scores, alone, 1e-5, {"padding is read": at_the_end},
-                what="the scores of a batch")
-
-    values = rlhf.ScalarModel.forward(model, tokens)  # (2, T)
-    want = []
-    for v, x, y in zip(values, prompts, responses):
-        of_response = v[len(x):len(x) + len(y)]
-        want.append(of_response[-1] if read == "end" else of_response.sum())
-    want = torch.stack(want)
-    assert_same(scores, want, 1e-5, {"the prompt is counted": values.sum(1),
-                                     "EOS is left out": want - values[:, -1]},
-                what=f"what is read ({read})")
-    scores.sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
-    assert gpt.wte.weight.data_ptr() != model.body.wte.weight.data_ptr(), \
-        "the reward model must have its own weights"
-
-
-def test_a_reward_model_learns_from_labels_and_is_centred(toy, tmp_path):
-    """An untrained model learns from 1,500 pairs. Its accuracy on prompts that it has never seen
-    is above 60%; by chance it is 50%. The scores of its pairs have mean 0 (1e-4). It comes back
-    frozen."""
-    gpt, tokenizer, _ = toy
-    examples, _ = data.tokenize(data.make_preferences(1500, "human", 0), tokenizer)
-    model = rlhf.train_reward_model(gpt, examples, Run(tmp_path), seed=0, epochs=6, lr=4e-3)
-    scores = []
-    for i in range(0, 1500, 100):
-        batch = data.collate(examples[i:i + 100])
-        scores.append(model(batch["tokens"], batch["response_mask"]))
-    assert abs(torch.cat(scores).mean()) < 1e-4
-    assert not any(p.requires_grad for p in model.parameters())
-    held_out = world.prompts()[1][:2]
-    quality = judge_quality(all_scores(model, held_out), held_out)
-    assert 0.6 < quality["accuracy"] < quality["ceiling"]
-
-
 # ---- Scores
 
 def test_a_response_that_did_not_end_scores_low_whoever_judges(toy):
+    """A judge of texts gets the texts, without EOS, and each of them once: it may be slow."""
     gpt, tokenizer, prompts = toy
     prompt, text = world.prompts()[0][0], world.responses()[7]
     review = tokenizer.encode_ordinary(text)
     model = rlhf.RewardModel(gpt)
     torch.nn.init.constant_(model.scalar.bias, 1.0)  # the score is the number of tokens
-    judges = [(rlhf.by_text(world.true_reward), world.true_reward(prompt, text)),
+    asked = []
+
+    def judge(prompt, text):
+        asked.append((prompt, text))
+        return world.true_reward(prompt, text)
+    judges = [(rlhf.by_text(judge), world.true_reward(prompt, text)),
               (rlhf.by_model(model), len(review) + 1.0)]
     for score, want in judges:
-        responses = [review + [tokenizer.eot_token], review]
-        ended, cut = score([prompts[0], prompts[0]], responses).tolist()
-        assert ended == pytest.approx(want, abs=1e-5) and cut == rlhf.UNFINISHED
+        responses = [review + [tokenizer.eot_token], review, review + [tokenizer.eot_token]]
+        ended, cut, again = score([prompts[0]] * 3, responses).tolist()
+        assert ended == again == pytest.approx(want, abs=1e-5) and cut == rlhf.UNFINISHED
+    assert asked == [(prompt, text)]
 
 
-def test_value_loss_and_its_clip_by_hand():
-    """Without a clip: (1 - 3)^2 and (2 - 2)^2, halved and averaged. With clip 0.5 the first value,
-    which came from 0, gains by moving to 0.5 only: (0.5 - 3)^2. Outside the mask nothing counts."""
-    values = torch.tensor([[1.0, 2.0, 9.0]])
-    old = torch.tensor([[0.0, 2.0, 0.0]])
-    returns = torch.tensor([[3.0, 2.0, -9.0]])
-    mask = torch.tensor([[True, True, False]])
-    assert_same(ppo.value_loss(values, old, returns, mask), 0.5 * (4 + 0) / 2, 1e-6,
-                {"the half is missing": 2.0}, what="the critic's loss")
-    assert_same(ppo.value_loss(values, old, returns, mask, clip=0.5), 0.5 * (6.25 + 0) / 2, 1e-6,
-                {"not clipped": 1.0}, what="the critic's clipped loss")
+def test_the_shift_of_the_scores_costs_no_more_than_4096_pairs(toy, tmp_path, monkeypatch):
+    """All scores are computed at once. More pairs than these would take much memory."""
+    asked, collate = [], data.collate
 
-
-def test_normalised_advantages():
-    x, mask = torch.randn(5, 7).double() * 3 + 2, torch.rand(5, 7) < 0.6
-    out = ppo.normalise(x, mask)
-    assert_same(out[mask].mean(), 0.0, 1e-9, what="the mean")
-    assert_same(out[mask].std(), 1.0, 1e-6, what="the deviation")
-    assert not out[~mask].any()
+    def counting(examples, **kwargs):
+        asked.append(len(examples))
+        return collate(examples[:1], **kwargs)
+    monkeypatch.setattr(data, "collate", counting)
+    pairs = [data.Example([1], [2], [3])] * 4097
+    for n, read in (4097, 4096), (4096, 4096), (5, 5):
+        rlhf.train_reward_model(toy[0], pairs[:n], Run(tmp_path), 0, epochs=0)
+        assert asked.pop() == read and not asked
 
 
 # ---- The loop
 
-SMALL = {"samples": 128, "batch_size": 64, "minibatch_size": 32, "epochs": 2}
-
-
-def lively(prompts, responses):
-    """Any score that differs from text to text will do. The true reward of an untrained model's
-    texts is the same for all of them."""
-    return torch.tensor([sum(response) % 7 - 3.0 for response in responses])
-
-
-def learned(toy, seed=0, **settings):
-    """The weights of a policy that has learned from `lively`, in one vector, and the history."""
-    gpt, _, prompts = toy
-    policy = copy.deepcopy(gpt).requires_grad_(True)
-    reference = gpt.requires_grad_(False)
-    settings = rlhf.Settings(**SMALL | settings)
-    history = rlhf.learn(policy, reference, lively, prompts, settings, seed)
-    return torch.cat([p.detach().flatten() for p in policy.parameters()]), history
-
-
-def test_policy_learning_generates_as_many_as_asked_and_leaves_the_reference_alone(
-        toy, monkeypatch):
-    """It is on-policy: every batch is generated anew, by the policy and never by the reference.
-    The reference stays as it was."""
-    gpt, generated = toy[0], []
-    before, original = fingerprint(gpt), GPT.generate
-
-    def counting(self, prompts, *args, **kwargs):
-        generated.append((self is gpt, len(prompts)))
-        return original(self, prompts, *args, **kwargs)
-    monkeypatch.setattr(GPT, "generate", counting)
-    weights, history = learned(toy)
-    assert generated == [(False, 64), (False, 64)]
-    assert [row["generated"] for row in history] == [64, 128]
-    assert fingerprint(gpt) == before
-    assert history[0]["kl"] == pytest.approx(0, abs=1e-6), "the first policy is the reference"
-    monkeypatch.undo()
-    again, _ = learned(toy)
-    assert torch.equal(weights, again), "the same seed is the same run"
-    assert not torch.equal(weights, learned(toy, seed=1)[0])
-
-
-def test_response_token_logps_are_the_log_of_the_softmax(toy):
-    """At each response token the log of the softmax of a whole forward (1e-5), elsewhere 0."""
-    gpt, tokenizer, prompts = toy
-    responses = [tokenizer.encode_ordinary(" dull.") + [tokenizer.eot_token],
-                 tokenizer.encode_ordinary(" superb and scary.") + [tokenizer.eot_token]]
-    tokens, mask = data.pad(prompts[:2], responses)
-    mask = mask[:, 1:]
-    logps = rlhf.response_token_logps(gpt, tokens, mask)
-    for row, (x, y) in enumerate(zip(prompts, responses)):
-        probabilities = gpt(torch.tensor([x + y]))[0].softmax(-1)
-        want = torch.zeros(mask.size(1))
-        for i, token in enumerate(y):
-            position = len(x) + i - 1
-            want[position] = probabilities[position, token].log()
-        assert_same(logps[row], want, 1e-5, what=f"row {row}")
-    assert_same(mask.sum(1).double(), vector(*map(len, responses)), 0, what="the mask")
-
-
 def test_a_frozen_policy_is_refused(toy):
-    """The critic would learn all the same. So nobody would notice that the policy does not."""
+    """The critic would learn all the same. So nobody would notice that the policy does not, or
+    that a part of it does not."""
     gpt, _, prompts = toy
-    policy = copy.deepcopy(gpt.requires_grad_(False))
-    score, settings = rlhf.by_text(world.true_reward), rlhf.Settings(**SMALL)
-    with pytest.raises(ValueError, match="requires_grad_"):
-        rlhf.learn(policy, gpt, score, prompts, settings, 0)
+    policy = copy.deepcopy(gpt)
+    score, settings = rlhf.by_text(world.true_reward), rlhf.Settings(samples=4, batch_size=4)
+    for frozen in (policy.wpe, policy):
+        frozen.requires_grad_(False)
+        with pytest.raises(ValueError, match="requires_grad_"):
+            rlhf.learn(policy, gpt, score, prompts, settings)
 
 
 def test_fewer_samples_than_a_batch_are_refused(toy):
-    with pytest.raises(ValueError, match="samples=63 is less than one batch"):
-        learned(toy, samples=63)
+    gpt, _, prompts = toy
+    score = rlhf.by_text(world.true_reward)
+    with pytest.raises(ValueError, match="samples=3 is less than one batch"):
+        rlhf.learn(copy.deepcopy(gpt), gpt, score, prompts, rlhf.Settings(samples=3, batch_size=4))
+    settings = rlhf.Settings(samples=4, batch_size=4)
+    assert len(rlhf.learn(copy.deepcopy(gpt), gpt, score, prompts, settings)) == 1
 
 
-def name_of(switch):
-    return next(iter(switch))
+def test_the_leash_is_steered_to_a_target_kl(toy, monkeypatch, capsys):
+    """After each batch beta changes by a tenth of the KL's relative error, and by at most 2%
+    (1909.08593). It falls while the KL is under its target and rises while it is over it. The
+    progress bar shows it. The seed is 0 where none is given."""
+    gpt, _, prompts = toy
+    kls, betas, rollout = iter([1.0, 1.8, 2.3, 6.0, 2.0]), [], rlhf.rollout
+
+    def with_kl(*args):
+        betas.append(args[-1])
+        return rollout(*args) | {"kl": torch.full((4,), next(kls))}
+    monkeypatch.setattr(rlhf, "rollout", with_kl)
+    score = rlhf.by_text(world.true_reward)
+    settings = rlhf.Settings(samples=20, batch_size=4, beta=0.4, target_kl=2.0)
+    history = rlhf.learn(copy.deepcopy(gpt), gpt, score, prompts, settings)
+    assert torch.initial_seed() == 0
+    want = [0.4, 0.4 * 0.98, 0.4 * 0.98 * 0.99, 0.4 * 0.98 * 0.99 * 1.015]
+    want.append(want[-1] * 1.02)
+    assert betas == [row["beta"] for row in history] == pytest.approx(want, rel=1e-6)
+    assert f"kl=2.000, beta={want[-1]:.3f}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("switch", [
-    {"beta": 3.0}, {"critic": False}, {"lam": 0.5}, {"gamma": 0.9}, {"clip": None},
-    {"clip": 0.01}, {"normalise_advantages": False}, {"clip_values": 0.01},
-    {"scale_rewards": True}, {"anneal_lr": False}, {"max_grad_norm": None}, {"epochs": 1},
-    {"lr": 1e-4}, {"critic_lr": 1e-1}, {"minibatch_size": 64}, {"target_kl": 0.5},
-], ids=name_of)
-def test_every_switch_is_wired(toy, switch):
-    """A setting that changes nothing is not read. Two batches of 64 show it, and three for the
-    target of the KL, since beta changes only after a batch. The learning rate is high, so that
-    ratios leave the clip."""
-    settings = {"lr": 1e-2, "samples": 192 if "target_kl" in switch else 128}
-    usual, _ = learned(toy, **settings)
-    changed, _ = learned(toy, **settings | switch)
-    assert not torch.equal(usual, changed)
+# ---- The command
+
+FLAGS = {"data": None, "annotator": "human", "tokenizer": "toy", "seed": 3, "beta": 0.7,
+         "pairs": 96}
 
 
-def test_the_leash_is_steered_to_a_target_kl(toy):
-    """beta falls while the KL is under its target and rises while it is over it, by at most 2% a
-    batch (1909.08593)."""
-    _, history = learned(toy, target_kl=1e3, samples=256)
-    assert [row["beta"] for row in history] == pytest.approx([0.98 ** k for k in range(4)])
-    _, history = learned(toy, target_kl=1e-4, samples=256, lr=1e-2)
-    assert history[-1]["beta"] > history[1]["beta"]
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run that looks finished. Its two models are untrained, which takes no time.
+    A small Gaussian was added to the reference's weights, and this is called DPO."""
+    torch.manual_seed(0)
+    vocab = data.get_tokenizer("toy").n_vocab
+    sft = GPT(GPTConfig(block_size=64, vocab_size=vocab, n_layer=1, n_head=1, n_embd=16))
+    dpo = copy.deepcopy(sft)
+    for p in dpo.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    folder = tmp_path_factory.mktemp("rlhf") / "run"
+    folder.mkdir()
+    save_model(sft, folder / "sft.pt")
+    save_model(dpo, folder / "dpo.pt", reference=fingerprint(sft))
+    write_json(FLAGS, folder / "flags.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def learned(finished, tmp_path_factory):
+    """A copy of it after `python rlhf.py DIR --samples 512`, and what was printed. An interrupted
+    command had left some lines of metrics there."""
+    folder, printed = tmp_path_factory.mktemp("rlhf") / "run", io.StringIO()
+    shutil.copytree(finished, folder)
+    (folder / "ppo").mkdir()
+    append_jsonl({"stage": "reward", "step": 0, "loss": 9.0}, folder / "ppo" / "metrics.jsonl")
+    with contextlib.redirect_stdout(printed):
+        rlhf.main([str(folder), "--samples", "512"])
+    return folder, printed.getvalue()
+
+
+def contents(folder):
+    return {file.relative_to(folder): file.read_bytes()
+            for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+@lru_cache(maxsize=None)
+def measured(folder):
+    """The rows of the command's table, measured again from the files: {first word: measure}."""
+    _, _, models = load_run(folder)
+    models["ppo"], _ = load_model(folder / "ppo" / "policy.pt")
+    beta, held_out = FLAGS["beta"], world.prompts()[1]
+    ref = evaluate.exact_logps(models["sft"], held_out)
+    rows = {"optimum": evaluate.optimum(ref, beta, beta)}
+    for title, name in (("reference", "sft"), ("DPO", "dpo"), ("PPO", "ppo")):
+        logps = evaluate.exact_logps(models[name], held_out)
+        rows[title] = evaluate.measure(logps, ref, beta)
+    return rows
+
+
+def test_the_command_prints_the_four_side_by_side(learned):
+    """Reference, DPO, RLHF and optimum, in this order. Each line has the numbers of its policy,
+    measured again from the files that were written. Then come answers to a held-out prompt."""
+    folder, out = learned
+    rows = measured(folder)
+    table, answers, done = out.strip().split("\n\n")
+    lines = table.splitlines()[1:]
+    assert [line.split()[0] for line in lines] == ["reference", "DPO", "PPO", "optimum"]
+    for line in lines:
+        row = rows[line.split()[0]]
+        assert line.split()[-6:] == [
+            f"{row['reward']:.3f}", f"{row['kl']:.3f}", f"{row['objective']:.3f}",
+            f"{row['win_rate']:.1%}", f"{row['wellformed']:.1%}", f"{row['objective_all']:.3f}"]
+    title, names = answers.splitlines()[:2]
+    assert title == f"{world.prompts()[1][2]!r}, with their true rewards"
+    assert names.split() == ["reference", "DPO", "PPO"]
+    assert done.startswith("Done in ") and str(folder / "ppo" / "policy.pt") in done
+
+
+def test_the_learned_policy_is_not_above_the_frontier(learned):
+    """Its reward is at most the best reward at its KL (1e-6), and its J at most that of pi*."""
+    folder, _ = learned
+    rows = measured(folder)
+    _, _, models = load_run(folder)
+    ref = world.normalise(evaluate.exact_logps(models["sft"], world.prompts()[1]))
+    r = evaluate.held_out_rewards()
+    row = rows["PPO"]
+    star = world.optimal_policy(ref, r, world.beta_at_kl(ref, r, row["kl"]))
+    assert row["reward"] <= world.expected(star, r).mean().item() + 1e-6
+    assert row["objective"] <= rows["optimum"]["objective"] + 1e-9
+    assert row["kl"] > 1e-4, "the policy has not moved"
+
+
+# The defaults of train_reward_model and of rlhf.Settings. The published numbers come from them.
+REWARD_MODEL = {"epochs": 4, "lr": 1.5e-3, "batch_size": 64, "read": "tokens"}
+SETTINGS = {"beta": 1.0, "target_kl": None, "samples": 40_960, "batch_size": 512,
+            "minibatch_size": 64, "epochs": 2, "lr": 2e-3, "critic": True, "critic_lr": 3e-3,
+            "gamma": 1.0, "lam": 1.0, "clip": 0.1, "normalise_advantages": True,
+            "clip_values": None, "scale_rewards": False, "anneal_lr": True, "max_grad_norm": 1.0}
+
+
+def test_the_command_is_its_two_steps_with_the_settings_of_the_published_numbers(
+        finished, learned, tmp_path):
+    """The reward model and the policy are learned once more, from the run's own pairs, seed and
+    beta. The policy has the same weights, and the metrics have the same lines, each step once.
+    The files of the run itself stay as they were."""
+    folder, _ = learned
+    assert asdict(rlhf.Settings()) == SETTINGS
+    reference, tokenizer = load_model(finished / "sft.pt")[0].eval(), data.get_tokenizer("toy")
+    examples, _ = data.tokenize(data.make_preferences(96, "human", 3), tokenizer)
+    reward_model = rlhf.train_reward_model(reference, examples, Run(tmp_path), 3, **REWARD_MODEL)
+    settings = SETTINGS | {"beta": 0.7, "samples": 512}
+    policy = copy.deepcopy(reference)
+    prompts = [tokenizer.encode_ordinary(x) for x in world.prompts()[0]]
+    rlhf.learn(policy, reference, rlhf.by_model(reward_model), prompts, rlhf.Settings(**settings),
+               seed=3)
+    learned_policy, facts = load_model(folder / "ppo" / "policy.pt")
+    assert fingerprint(learned_policy) == fingerprint(policy) != fingerprint(reference)
+    assert facts == {"settings": settings, "reference": fingerprint(reference)}
+    runs = [read_jsonl(place / "metrics.jsonl") for place in (folder / "ppo", tmp_path)]
+    for got, want in zip(*runs, strict=True):
+        assert got | {"pairs_per_second": 0} == want | {"pairs_per_second": 0}
+    before, after = contents(finished), contents(folder)
+    assert {os.path.join("ppo", "policy.pt"), os.path.join("ppo", "metrics.jsonl")} == {
+        str(file) for file in after.keys() - before.keys()}
+    assert all(after[file] == before[file] for file in before)
+
+
+def test_only_the_policy_can_learn(finished, tmp_path, monkeypatch):
+    """The command hands a frozen reference to both steps, and a policy that is not frozen."""
+    def look(policy, reference, *args):
+        assert not any(p.requires_grad for p in reference.parameters())
+        assert all(p.requires_grad for p in policy.parameters())
+        raise StopIteration
+    monkeypatch.setattr(rlhf, "learn", look)
+    monkeypatch.setattr(rlhf, "train_reward_model", lambda *args: rlhf.RewardModel(args[0]))
+    shutil.copytree(finished, tmp_path / "run")
+    with pytest.raises(StopIteration):
+        rlhf.main([str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize("flags, message", [
+    ({"annotator": "ai"}, "--annotator ai.*human labels"),
+    ({"annotator": "length"}, "--annotator length.*human labels"),
+    ({"data": "pairs.jsonl"}, "--data.*toy world"),
+])
+def test_a_run_without_a_known_optimum_is_refused(finished, tmp_path, flags, message):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    write_json(read_json(folder / "flags.json") | flags, folder / "flags.json")
+    with pytest.raises(SystemExit, match=message):
+        rlhf.main([str(folder), "--samples", "512"])
+    assert not (folder / "ppo").exists()
+    with pytest.raises(SystemExit, match=message):
+        load_toy_run(folder)
+    with pytest.raises(SystemExit, match="no finished run"):
+        rlhf.main([str(tmp_path)])
+
+
+def test_too_few_samples_are_refused_before_anything_is_trained(finished, capsys):
+    with pytest.raises(SystemExit):
+        rlhf.main([str(finished), "--samples", "511"])
+    assert "--samples 511 must be at least 512" in capsys.readouterr().err
+    assert not (finished / "ppo").exists()
+
+
+def test_a_learned_policy_is_not_overwritten(learned):
+    """`python rlhf.py DIR`, as a program: it ends with a message and changes nothing."""
+    folder, _ = learned
+    before = contents(folder)
+    done = subprocess.run([sys.executable, "rlhf.py", str(folder)], cwd=ROOT, capture_output=True,
+                          text=True, encoding="utf-8")
+    assert done.returncode == 1 and "not overwritten" in done.stderr and not done.stdout
+    assert "Traceback" not in done.stderr and contents(folder) == before
+
+
+# ---- Does it learn?
+
+def test_a_reward_model_learns_from_labels(toy, tmp_path):
+    """An untrained model learns from 1,500 pairs. Its accuracy on prompts that it has never seen
+    is above 60%; by chance it is 50%."""
+    gpt, tokenizer, _ = toy
+    examples, _ = data.tokenize(data.make_preferences(1500, "human", 0), tokenizer)
+    model = rlhf.train_reward_model(gpt, examples, Run(tmp_path), seed=0, epochs=6, lr=4e-3)
+    held_out = world.prompts()[1][:2]
+    quality = judge_quality(all_scores(model, held_out), held_out)
+    assert 0.6 < quality["accuracy"] < quality["ceiling"]
 
 
 def test_policy_learning_climbs_its_objective(toy):
@@ -247,147 +316,3 @@ def test_policy_learning_climbs_its_objective(toy):
     history = rlhf.learn(policy, reference, eager, prompts, settings, 0)
     scores = [row["score"] for row in history]
     assert scores[0] < -4 and scores[-1] > -2, scores
-
-
-# ---- The command
-
-def run_rlhf(*args):
-    """`python rlhf.py ARGS` -> its exit code, what it printed, and its error messages."""
-    done = subprocess.run([sys.executable, "rlhf.py", *map(str, args)], cwd=ROOT,
-                          capture_output=True, text=True, encoding="utf-8",
-                          env=os.environ | {"PYTHONIOENCODING": "utf-8"})
-    return done.returncode, done.stdout, done.stderr
-
-
-@pytest.fixture(scope="module")
-def learned_run(small_run, tmp_path_factory):
-    """A run after `python rlhf.py DIR --samples 512`: its folder, and what was printed."""
-    folder = tmp_path_factory.mktemp("rlhf") / "run"
-    shutil.copytree(small_run, folder)
-    code, out, err = run_rlhf(folder, "--samples", "512")
-    assert code == 0, err[-3000:]
-    return folder, out
-
-
-def contents(folder):
-    return {file.relative_to(folder): file.read_bytes()
-            for file in sorted(folder.rglob("*")) if file.is_file()}
-
-
-def measured(folder):
-    """The rows of the command's table, measured again from the files: {first word: measure}."""
-    _, _, models = load_run(folder)
-    models["ppo"], _ = load_model(folder / "ppo" / "policy.pt")
-    beta, held_out = read_json(folder / "flags.json")["beta"], world.prompts()[1]
-    ref = evaluate.exact_logps(models["sft"], held_out)
-    rows = {"optimum": evaluate.optimum(ref, beta, beta)}
-    for title, name in (("reference", "sft"), ("DPO", "dpo"), ("PPO", "ppo")):
-        logps = evaluate.exact_logps(models[name], held_out)
-        rows[title] = evaluate.measure(logps, ref, beta)
-    return rows
-
-
-def test_the_command_prints_the_four_side_by_side(learned_run):
-    """Reference, DPO, RLHF and optimum, in this order. Each line has the numbers of its policy,
-    measured again from the files that were written."""
-    folder, out = learned_run
-    rows = measured(folder)
-    table = out.strip().split("\n\n")[0].splitlines()
-    assert [line.split()[0] for line in table[1:]] == ["reference", "DPO", "PPO", "optimum"]
-    for line in table[1:]:
-        row = rows[line.split()[0]]
-        assert line.split()[-6:] == [
-            f"{row['reward']:.3f}", f"{row['kl']:.3f}", f"{row['objective']:.3f}",
-            f"{row['win_rate']:.1%}", f"{row['wellformed']:.1%}", f"{row['objective_all']:.3f}"]
-    assert "with their true rewards" in out and str(folder / "ppo" / "policy.pt") in out
-
-
-def test_the_commands_table_agrees_with_the_runs_summary(learned_run):
-    folder, _ = learned_run
-    rows, summary = measured(folder), read_json(folder / "summary.json")
-    for title, row in (("reference", "reference"), ("DPO", "dpo"), ("optimum", "same_beta")):
-        for column, value in rows[title].items():
-            assert value == summary[evaluate.summary_key(row, column)], (title, column)
-
-
-def test_the_learned_policy_is_not_above_the_frontier(learned_run):
-    """Its reward is at most the best reward at its KL (1e-6), and its J at most that of pi*."""
-    folder, _ = learned_run
-    rows = measured(folder)
-    _, _, models = load_run(folder)
-    ref = world.normalise(evaluate.exact_logps(models["sft"], world.prompts()[1]))
-    r = evaluate.held_out_rewards()
-    row = rows["PPO"]
-    star = world.optimal_policy(ref, r, world.beta_at_kl(ref, r, row["kl"]))
-    assert row["reward"] <= world.expected(star, r).mean().item() + 1e-6
-    assert row["objective"] <= rows["optimum"]["objective"] + 1e-9
-    assert row["kl"] > 1e-4, "the policy has not moved"
-
-
-def test_the_command_keeps_the_policy_and_how_it_was_learned(learned_run, small_run):
-    """DIR/ppo holds the policy with its settings and its reference, and the reward model's
-    metrics, which begin with ln 2. The files of the run itself stay as they were."""
-    folder, _ = learned_run
-    before, after = contents(small_run), contents(folder)
-    new = {str(file) for file in after.keys() - before.keys()}
-    assert new == {os.path.join("ppo", "policy.pt"), os.path.join("ppo", "metrics.jsonl")}
-    assert all(after[file] == before[file] for file in before)
-    _, facts = load_model(folder / "ppo" / "policy.pt")
-    assert facts["reference"] == fingerprint(load_model(folder / "sft.pt")[0])
-    assert facts["settings"]["samples"] == 512 and facts["settings"]["beta"] == 1.0
-    metrics = read_jsonl(folder / "ppo" / "metrics.jsonl")
-    assert {row["stage"] for row in metrics} == {"reward"}
-    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert metrics[0]["accuracy"] == 0.5
-    assert metrics[-1]["step"] == 15, "256 pairs in batches of 64, 4 epochs"
-
-
-def test_an_interrupted_command_is_begun_again_and_ends_alike(learned_run, tmp_path):
-    """Without policy.pt the work is not done, whatever else the folder holds. The same command
-    then writes the policy and the metrics that it would have written, each step once."""
-    folder, _ = learned_run
-    shutil.copytree(folder, tmp_path / "run")
-    (tmp_path / "run" / "ppo" / "policy.pt").unlink()
-    code, _, err = run_rlhf(tmp_path / "run", "--samples", "512")
-    assert code == 0, err[-3000:]
-    policies = [load_model(run / "ppo" / "policy.pt")[0] for run in (folder, tmp_path / "run")]
-    assert fingerprint(policies[0]) == fingerprint(policies[1])
-    steps = []
-    for run in (folder, tmp_path / "run"):
-        steps.append([row["step"] for row in read_jsonl(run / "ppo" / "metrics.jsonl")])
-    assert steps[0] == steps[1]
-
-
-def test_a_learned_policy_is_not_overwritten(learned_run):
-    folder, _ = learned_run
-    before = contents(folder)
-    code, out, err = run_rlhf(folder, "--samples", "512")
-    assert code != 0 and "not overwritten" in err and "Traceback" not in err and not out
-    assert contents(folder) == before
-
-
-@pytest.mark.parametrize("flags, message", [
-    ({"annotator": "ai"}, "--annotator ai.*human labels"),
-    ({"annotator": "length"}, "--annotator length.*human labels"),
-    ({"data": "pairs.jsonl"}, "--data.*toy world"),
-])
-def test_a_run_without_a_known_optimum_is_refused(small_run, tmp_path, flags, message):
-    folder = tmp_path / "run"
-    shutil.copytree(small_run, folder)
-    write_json(read_json(folder / "flags.json") | flags, folder / "flags.json")
-    with pytest.raises(SystemExit, match=message):
-        rlhf.main([str(folder), "--samples", "512"])
-    assert not (folder / "ppo").exists()
-    with pytest.raises(SystemExit, match=message):
-        load_toy_run(folder)
-    with pytest.raises(SystemExit, match="no finished run"):
-        rlhf.main([str(tmp_path)])
-
-
-def test_too_few_samples_are_refused_before_anything_is_trained(small_run, tmp_path, capsys):
-    folder = tmp_path / "run"
-    shutil.copytree(small_run, folder)
-    with pytest.raises(SystemExit):
-        rlhf.main([str(folder), "--samples", "511"])
-    assert "--samples 511 must be at least 512" in capsys.readouterr().err
-    assert not (folder / "ppo").exists()
