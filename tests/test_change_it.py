@@ -25,6 +25,8 @@ from exercises import find_the_bug
 from lab import tabular
 from tools import assert_same, vector
 
+pytestmark = pytest.mark.slow
+
 PAGE = (ROOT / "docs" / "change-it.md").read_text(encoding="utf-8")
 FOLDERS = ("support", "lab", "exercises", "notebooks", "tests", "docs")
 UPDATE = "update docs/change-it.md"

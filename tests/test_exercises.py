@@ -20,6 +20,8 @@ import model
 from conftest import ROOT
 from exercises import changes, find_the_bug, grading
 
+pytestmark = pytest.mark.slow
+
 
 def read(path):
     return (ROOT / path).read_text(encoding="utf-8")

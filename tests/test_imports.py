@@ -4,6 +4,7 @@ import ast
 import graphlib
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,7 @@ def imported(statement):
     return {name for name in names if name in MODULES}
 
 
+@lru_cache(maxsize=None)
 def graph(inside_functions):
     """{module: the modules that it imports}, with or without the imports inside functions."""
     arrows = {}
@@ -160,12 +162,14 @@ def test_imports_inside_functions_stand_in_main_alone():
                     assert functions in ([], ["main"]), f"{name}, line {statement.lineno}"
 
 
-def loaded_by(*names):
-    """The names of all modules that a new Python process has loaded after importing these."""
-    code = f"import sys, {', '.join(names)}; print(*sys.modules)"
+def loaded_by(*steps):
+    """What a new Python process has loaded after each step: the names of all modules, a set for
+    each. steps: lists of names to import, one after the other."""
+    lines = [f"import {', '.join(names)}; print(*sys.modules)" for names in steps]
+    code = "\n".join(["import sys", *lines])
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return set(done.stdout.split())
+    return [set(line.split()) for line in done.stdout.splitlines()]
 
 
 def test_measuring_and_learning_import_no_matplotlib_and_no_lab():
@@ -173,8 +177,8 @@ def test_measuring_and_learning_import_no_matplotlib_and_no_lab():
     matplotlib. train draws figures at its end. Nobody loads lab/."""
     support = {name for name in MODULES if folder_of(name) == "support"}
     support -= {"support.__init__", "support.figures"}
-    loaded = loaded_by(*sorted(TOP - {"train"} | support))
+    loaded, with_train = loaded_by(sorted(TOP - {"train"} | support), ["train"])
     assert "torch" in loaded, "the list of modules is not the process's"
     assert "matplotlib" not in loaded
     assert not {name for name in loaded if name.split(".")[0] in ("lab", "exercises")}
-    assert not {name for name in loaded_by("train") if name.split(".")[0] == "lab"}
+    assert not {name for name in with_train if name.split(".")[0] == "lab"}

@@ -14,6 +14,8 @@ from conftest import ROOT
 from exercises import checks, solutions
 from exercises.solutions import kl_from_rewards, objective
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem[:2])
 
