@@ -277,8 +277,8 @@ def try_all(files, folder):
     windows = sys.platform == "win32"
     context = multiprocessing.get_context("spawn" if windows else "forkserver")
     if not windows:  # the libraries are imported once, and not for every mutant
-        context.set_forkserver_preload(["torch", "pytest", "hypothesis", "matplotlib.pyplot",
-                                        "tiktoken", "tqdm"])
+        context.set_forkserver_preload(["torch", "torch._dynamo", "pytest", "hypothesis",
+                                        "matplotlib.pyplot", "tiktoken", "tqdm"])
     first, seconds = Worker(ROOT, folder / "0", context), {}
     for file in files:
         source = (ROOT / file).read_text(encoding="utf-8")

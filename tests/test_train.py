@@ -1,5 +1,6 @@
-"""train.py, evaluate.py and a run's folder: the whole run in small, resuming, the assumptions of
-DPO, users' data, and flags that mean nothing."""
+"""train.py and evaluate.py: the whole run in small, resuming, the assumptions of DPO, users' data,
+and flags that mean nothing. More about a run's folder is proved in test_run.py, and more about
+users' data in test_own_data.py."""
 import copy
 import inspect
 import json
@@ -9,8 +10,6 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import data
 import evaluate
@@ -21,8 +20,10 @@ from dpo import pair_logps
 from model import GPT, GPTConfig
 from support import flags, show
 from support.checkpoints import load_model, save_model
-from support.files import atomic, read_json, read_jsonl, write_json
+from support.files import read_jsonl
 from support.run import Run, load_run
+
+pytestmark = pytest.mark.slow
 
 SMALL = ["--pairs", "256", "--epochs", "1", "--batch-size", "32", "--n-embd", "32",
          "--device", "cpu"]
@@ -151,48 +152,6 @@ def test_the_ceiling_beside_the_accuracy_is_the_annotators_own(small_run):
         assert error < 4 * 0.5 / 40000 ** 0.5, name
 
 
-def test_summary_against_a_brute_force_of_one_prompt(small_run):
-    """The numbers of the table once more, means over the held-out prompts, by plain sums over the
-    2,304 responses."""
-    summary = summary_of(small_run)
-    beta = summary["beta"]
-    _, _, models = load_run(small_run)
-    _, held_out = world.prompts()
-    ref = evaluate.exact_logps(models["sft"], held_out).exp().tolist()
-    policy = evaluate.exact_logps(models["dpo"], held_out).exp().tolist()
-    reward = kl = mass = best = 0.0
-    for prompt, q, p in zip(held_out, ref, policy):
-        r = [world.true_reward(prompt, response) for response in world.responses()]
-        mass_q, mass_p = math.fsum(q), math.fsum(p)
-        q = [b / mass_q for b in q]
-        p = [a / mass_p for a in p]
-        reward += math.fsum(a * c for a, c in zip(p, r)) / 8
-        kl += math.fsum(a * math.log(a / b) for a, b in zip(p, q)) / 8
-        mass += mass_p / 8
-        z = math.fsum(b * math.exp(c / beta) for b, c in zip(q, r))
-        best += beta * math.log(z) / 8
-    assert summary["policy_reward"] == pytest.approx(reward, abs=1e-9)
-    assert summary["policy_kl"] == pytest.approx(kl, abs=1e-9)
-    assert summary["policy_wellformed"] == pytest.approx(mass, abs=1e-9)
-    assert summary["objective"] == pytest.approx(reward - beta * kl, abs=1e-9)
-    assert summary["objective_optimal"] == pytest.approx(best, abs=1e-9), \
-        "J(pi*) = beta log Z (Eq. 4, claim 1)"
-    assert summary["objective"] < summary["objective_optimal"]
-    assert summary["policy_reward"] < summary["optimal_reward_same_kl"] + 1e-9
-
-
-def test_objective_over_all_text_never_beats_its_optimum(small_run):
-    s = summary_of(small_run)
-    assert s["objective_all"] < s["objective_all_optimal"] < s["objective_optimal"] + 1e-9
-
-
-def test_a_finished_run_is_not_overwritten(small_run):
-    before = (small_run / "dpo.pt").read_bytes()
-    with pytest.raises(SystemExit, match="finished run"):
-        train.main(["--out-dir", str(small_run), *SMALL])
-    assert (small_run / "dpo.pt").read_bytes() == before
-
-
 def test_evaluating_again_gives_the_same_summary(copied_run, capsys):
     before = summary_of(copied_run)
     again = evaluate.report(copied_run)
@@ -219,17 +178,6 @@ def test_own_prompt_is_answered_by_both_models(small_run, capsys):
     assert "reference" in printed and "plain DPO" in printed
     with pytest.raises(SystemExit, match="tokens"):
         show.answers(models, tokenizer, "x" * 500)
-
-
-def test_a_policy_is_not_measured_against_another_reference(copied_run):
-    save_model(load_model(copied_run / "dpo.pt")[0], copied_run / "sft.pt", tokenizer="toy")
-    with pytest.raises(SystemExit, match="another reference"):
-        load_run(copied_run)
-
-
-def test_a_folder_without_a_run_says_how_to_make_one(tmp_path):
-    with pytest.raises(SystemExit, match="python train.py --out-dir"):
-        load_run(tmp_path)
 
 
 # ---- Resuming
@@ -301,91 +249,6 @@ def test_a_resumed_run_is_the_uninterrupted_run(small_run, tmp_path, monkeypatch
     assert summary_of(run) | seconds == summary_of(tmp_path / "whole") | seconds
 
 
-# ---- The run's folder
-
-def one_weight():
-    """The smallest model and an optimizer for it: what Run.steps saves and sets."""
-    model = torch.nn.Linear(1, 1)
-    return model, torch.optim.SGD(model.parameters(), lr=2.0)
-
-
-@given(st.integers(1, 60), st.integers(1, 12), st.integers(1, 15), st.integers(1, 2))
-def test_steps_go_through_the_plan_once_in_shares_that_add_up(
-        tmp_path_factory, n, batch_size, accumulate, n_epochs):
-    """Every batch of the plan comes once, in order, in at most `accumulate` parts. A part's share
-    is its part of the batch, so the shares add up to 1. What is logged for the parts is written
-    as a mean over the batch (1e-5, float32), and the learning rate is that of the step."""
-    run = Run(tmp_path_factory.mktemp("run"))
-    model, optimizer = one_weight()
-    plan = data.epochs([1] * n, batch_size, seed=0, n=n_epochs)
-    went_through, means = [], []
-    for step, parts in run.steps("some", model, optimizer, plan, accumulate):
-        assert step == len(went_through)
-        assert 1 <= len(parts) <= accumulate and all(indices for _, indices in parts)
-        batch = sum([indices for _, indices in parts], [])
-        assert sum(share for share, _ in parts) == pytest.approx(1, abs=1e-12)
-        for share, indices in parts:
-            assert share == len(indices) / len(batch)
-            run.log(share, loss=torch.tensor(indices).float().mean())
-        rates = {group["lr"] for group in optimizer.param_groups}
-        assert rates == {support.run.lr_at(step, len(plan), 2.0)}
-        went_through.append(batch)
-        means.append(sum(batch) / len(batch))
-    assert went_through == plan
-    for epoch in range(n_epochs):
-        per_epoch = len(plan) // n_epochs
-        once = sum(plan[epoch * per_epoch:(epoch + 1) * per_epoch], [])
-        assert sorted(once) == list(range(n))
-    # a line covers the steps since the line before
-    since = 0
-    for row in lines(run.folder, "some"):
-        covered = means[since:row["step"] + 1]
-        assert row["loss"] == pytest.approx(sum(covered) / len(covered), abs=1e-5)
-        since = row["step"] + 1
-    assert since == len(plan), "the last steps are not logged"
-    assert not run.state.exists()
-
-
-def test_steps_continue_where_the_state_was_saved(tmp_path, monkeypatch):
-    """And another stage's state is left alone: its steps begin with 0."""
-    monkeypatch.setattr(support.run, "SAVE_EVERY", 4)
-    plan = [[i] for i in range(10)]
-    run, (model, optimizer) = Run(tmp_path), one_weight()
-    for step, _ in run.steps("first", model, optimizer, plan):
-        torch.nn.init.constant_(model.weight, step)
-        if step == 6:
-            break
-    run = Run(tmp_path)
-    assert next(run.steps("second", *one_weight(), plan))[0] == 0
-    model, optimizer = one_weight()
-    rest = run.steps("first", model, optimizer, plan)
-    assert next(rest)[0] == 4
-    assert model.weight.item() == 3, "the weights after step 3 belong to the state of step 4"
-    assert [step for step, _ in rest] == [5, 6, 7, 8, 9]
-
-
-def test_an_error_while_writing_leaves_the_old_file(tmp_path):
-    """Whoever reads while it is written, or after an error, finds the old content whole."""
-    file = tmp_path / "a.json"
-    write_json({"version": 1}, file)
-    with pytest.raises(KeyboardInterrupt):
-        with atomic(file) as beside:
-            beside.write_text('{"version"', encoding="utf-8")
-            assert read_json(file) == {"version": 1}
-            raise KeyboardInterrupt
-    assert read_json(file) == {"version": 1}
-    with pytest.raises(TypeError):
-        write_json({"version": torch.zeros(1)}, file)
-    assert read_json(file) == {"version": 1}
-    with pytest.raises(KeyboardInterrupt):
-        with atomic(tmp_path / "new.json"):
-            raise KeyboardInterrupt
-    assert not (tmp_path / "new.json").exists()
-    write_json({"version": 2}, file)
-    assert read_json(file) == {"version": 2}
-    assert [f.name for f in tmp_path.iterdir()] == ["a.json"], "something half-written was left"
-
-
 # ---- DPO's assumptions
 
 @pytest.fixture
@@ -435,8 +298,8 @@ def test_training_is_offline_and_leaves_the_reference_alone(tiny, tmp_path, monk
 
 
 def test_dropout_is_off_in_both_models(tiny, tmp_path):
-    """Claim 45: the model has dropout 0.3, and the policy arrives in train mode. The loss of step
-    0 is still ln 2, to 1e-6."""
+    """Claim 45. The model has dropout 0.3, and the policy arrives in train mode. The loss of step
+    0, as it is logged, is still ln 2, to 1e-6."""
     _, policy, examples, ref_logps = tiny
     train_in(tmp_path, policy.train(), examples, ref_logps)
     assert lines(tmp_path, "dpo")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -498,8 +361,8 @@ def test_accuracy_ranks_implicit_rewards_and_counts_ties_half(tiny, tmp_path):
 
 @pytest.mark.parametrize("weights", [(0.0, 0.0), (0.3, 0.2)])
 def test_eight_parts_of_one_are_one_batch_of_eight(tiny, tmp_path, weights, monkeypatch):
-    """Claim 46, with and without the two extra terms: every entry of the first step's gradient,
-    to 1e-6 of the largest."""
+    """Claim 46, in the trainer, with and without the two extra terms. The first step's gradient in
+    1, 3 and 8 parts is compared entry by entry, to 1e-6 of the largest."""
     _, policy, examples, ref_logps = tiny
     norm_weight, nll_weight = weights
     clip, gradients = train.clip_grad_norm_, []
@@ -520,33 +383,6 @@ def test_eight_parts_of_one_are_one_batch_of_eight(tiny, tmp_path, weights, monk
     for other in first[1:]:
         assert (other - first[0]).abs().max() < 1e-6 * largest, \
             "weigh each part's loss by its share of the batch"
-
-
-def test_sft_weighs_texts_not_tokens(tmp_path):
-    """Short texts and long texts pull alike: the loss of a batch is the mean of the texts'
-    negative log-likelihoods."""
-    texts = [([65], [66] * n + [67]) for n in (2, 2, 9, 9)]
-    model = GPT(GPTConfig(block_size=16, vocab_size=70, n_layer=1, n_head=1, n_embd=32))
-    train.train_sft(model, texts, Run(tmp_path), epochs=1, batch_size=32, lr=1e-9, seed=0)
-    expected = 0.0
-    for prompt, response in texts:
-        logps = torch.log_softmax(model(torch.tensor([prompt + response]))[0], -1)
-        for i, token in enumerate(response):
-            expected -= logps[len(prompt) - 1 + i, token].item() / 4
-    assert lines(tmp_path, "sft")[0]["loss"] == pytest.approx(expected, abs=1e-3)
-
-
-def test_learning_rate_warms_up_and_goes_to_zero():
-    rates = [support.run.lr_at(step, 1000, 2.0) for step in range(1000)]
-    assert rates[0] == pytest.approx(2 / 30)
-    assert max(rates) == pytest.approx(2.0, rel=0.01) and rates[-1] < 1e-4
-    assert rates.index(max(rates)) in range(25, 31)
-
-
-def test_a_gradient_that_is_not_finite_stops_the_run(tiny, tmp_path):
-    _, policy, examples, (chosen, rejected) = tiny
-    with pytest.raises(SystemExit, match="not finite"):
-        train_in(tmp_path, policy, examples, (chosen * math.nan, rejected))
 
 
 # ---- A user's data
@@ -580,25 +416,13 @@ def test_own_data_end_to_end(user_file, tmp_path, capsys):
     assert not (out / "plain.pt").exists() and not (out / "frontier.png").exists()
 
 
-def save_start(path, block_size):
-    """A checkpoint of an untrained model. Returns the model."""
+def test_weights_that_cannot_read_the_longest_pair_are_refused(user_file, tmp_path):
     tokenizer = data.get_tokenizer("toy")
-    model = GPT(GPTConfig(block_size=block_size, vocab_size=tokenizer.n_vocab, n_layer=1,
-                          n_head=1, n_embd=32))
-    save_model(model, path)
-    return model
-
-
-def test_init_from_a_checkpoint_and_no_sft(user_file, tmp_path):
-    save_start(tmp_path / "start.pt", block_size=128)
-    common = ["--data", str(user_file), "--init", str(tmp_path / "start.pt"),
-              "--sft-epochs", "0", "--epochs", "1", "--device", "cpu"]
-    train.main([*common, "--out-dir", str(tmp_path / "run")])
-    assert same_weights(tmp_path / "run" / "sft.pt", tmp_path / "start.pt"), \
-        "without SFT the given weights are the reference"
-    save_start(tmp_path / "start.pt", block_size=32)
+    start = GPT(GPTConfig(32, tokenizer.n_vocab, n_layer=1, n_head=1, n_embd=32))
+    save_model(start, tmp_path / "start.pt")
     with pytest.raises(SystemExit, match="--max-length 32"):
-        train.main([*common, "--out-dir", str(tmp_path / "run2")])
+        train.main(["--data", str(user_file), "--init", str(tmp_path / "start.pt"),
+                    "--sft-epochs", "0", "--out-dir", str(tmp_path / "run"), "--device", "cpu"])
 
 
 def test_a_row_that_cannot_be_used_ends_the_run_before_training(user_file, tmp_path):
@@ -606,16 +430,6 @@ def test_a_row_that_cannot_be_used_ends_the_run_before_training(user_file, tmp_p
     user_file.write_text(text + '\n{"prompt": "x"}', encoding="utf-8")
     with pytest.raises(data.DataError, match="line 41"):
         train.main(["--data", str(user_file), "--out-dir", str(tmp_path / "run")])
-
-
-def test_data_that_changed_after_training_are_refused(user_file, tmp_path):
-    """A changed file would be split anew. What was trained on could then be held out."""
-    out = tmp_path / "run"
-    train.main(["--data", str(user_file), "--out-dir", str(out), "--n-layer", "1",
-                "--n-embd", "32", "--device", "cpu", "--sft-epochs", "1", "--epochs", "1"])
-    user_file.write_text(user_file.read_text(encoding="utf-8") + "\n\n", encoding="utf-8")
-    with pytest.raises(data.DataError, match="has changed"):
-        evaluate.report(out)
 
 
 # ---- Flags

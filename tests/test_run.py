@@ -1,0 +1,351 @@
+"""The folder of a run: Run.steps with the smallest of models, and starting, continuing and reading
+a run. How train.py uses it is proved in test_main.py, and the whole run in test_train.py."""
+import hashlib
+import math
+import types
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import data
+import support.run
+from model import GPT, GPTConfig
+from support import checkpoints
+from support.files import atomic, read_json, read_jsonl, write_json
+from support.run import Run, data_sha256, load_run, load_toy_run, lr_at, pick_device, split, start
+from tools import assert_same
+
+# ---- Going through a training
+
+def one_weight():
+    """The smallest model, and an optimizer for it that has a memory. Its peak is 0.5."""
+    model = torch.nn.Linear(1, 1).double()
+    torch.nn.init.ones_(model.weight)
+    torch.nn.init.zeros_(model.bias)
+    groups = [{"params": [model.weight]}, {"params": [model.bias]}]
+    return model, torch.optim.Adam(groups, lr=0.5)
+
+
+def cosine(step, total, peak=0.5):
+    """The learning rate of trainings too short for a warm-up of more than one step."""
+    return peak * (1 + math.cos(math.pi * step / total)) / 2
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only a test moves: clock.now."""
+    clock = types.SimpleNamespace(now=1000.0)
+    clock.time = lambda: clock.now
+    monkeypatch.setattr(support.run, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """The progress bars that were made."""
+    made = []
+
+    class Bar:
+        def __init__(self, **settings):
+            self.settings, self.steps, self.shown = settings, 0, []
+            made.append(self)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def update(self):
+            self.steps += 1
+
+        def set_postfix(self, values, refresh):
+            assert refresh is False, "the bar is drawn anew at its own pace, not by every line"
+            self.shown.append(values)
+    monkeypatch.setattr(support.run, "tqdm", Bar)
+    return made
+
+
+@pytest.fixture
+def saved(monkeypatch):
+    """The steps of the states that were saved."""
+    steps, save = [], checkpoints.save
+
+    def note(state, path):
+        steps.append(state["step"])
+        save(state, path)
+    monkeypatch.setattr(checkpoints, "save", note)
+    return steps
+
+
+def test_a_training_is_gone_through_step_by_step(tmp_path, monkeypatch, clock, bars):
+    """11 batches of 5 texts in parts of 2, 2 and 1. Every step has its batch and its learning
+    rate. There is a line for step 0, for every third step, and for the last one. A line holds the
+    means over the steps since the line before (1e-12), the learning rate and the speed."""
+    monkeypatch.setattr(support.run, "LOG_EVERY", 3)
+    run, (model, optimizer) = Run(tmp_path / "some" / "where"), one_weight()
+    Run(run.folder).record(stage="before", step=5, loss=1.0)  # a folder may be there already
+    plan = [[5 * i + k * k for k in range(5)] for i in range(11)]
+    shown = ("loss", "rewards/margins", "not logged")
+    steps = run.steps("some", model, optimizer, plan, 3, show=shown, unit="texts")
+    for want, (step, parts) in enumerate(steps):
+        batch = plan[want]
+        assert step == want
+        assert parts == [(0.4, batch[:2]), (0.4, batch[2:4]), (0.2, batch[4:])]
+        for group in optimizer.param_groups:
+            assert group["lr"] == pytest.approx(cosine(step, 11), abs=1e-12)
+        for share, indices in parts:
+            run.log(share, loss=torch.tensor(indices).double().mean())
+        run.log(**{"rewards/margins": float(step)})
+        clock.now += 2
+        assert not run.state.exists(), "nothing is to be saved in so few steps"
+    want = [{"stage": "before", "step": 5, "loss": 1.0}]
+    values = []
+    for covered in ([0], [1, 2], [3, 4, 5], [6, 7, 8], [9, 10]):
+        loss, margin, last = mean([mean(plan[i]) for i in covered]), mean(covered), covered[-1]
+        values.append({"loss": f"{loss:.3f}", "margins": f"{margin:.3f}"})
+        want.append({"stage": "some", "step": last, "loss": pytest.approx(loss, abs=1e-12),
+                     "rewards/margins": pytest.approx(margin, abs=1e-12),
+                     "lr": pytest.approx(cosine(last, 11), abs=1e-12),
+                     "texts_per_second": pytest.approx(5 / 2)})
+    assert read_jsonl(run.folder / "metrics.jsonl") == want
+    [bar] = bars
+    assert bar.steps == 11 and bar.shown == values
+    assert bar.settings == {"desc": "    some", "unit": "step", "initial": 0, "total": 11,
+                            "dynamic_ncols": True}
+
+
+def test_how_often_a_run_logs_and_saves(tmp_path, saved):
+    """A line for every 10 steps, and a state for every 200. A batch is one part."""
+    run, (model, optimizer) = Run(tmp_path), one_weight()
+    for step, parts in run.steps("some", model, optimizer, [[7, 8]] * 202):
+        assert parts == [(1.0, [7, 8])]
+        run.log(loss=2.0)
+        assert run.state.exists() == (step >= 200)
+    rows = read_jsonl(run.metrics)
+    assert [row["step"] for row in rows] == [0, *range(9, 200, 10), 201]
+    assert {row["loss"] for row in rows} == {2.0}
+    assert saved == [200] and not run.state.exists(), "a finished stage has nothing to continue"
+
+
+def train_a_little(run, plan, interrupted_in=None):
+    """A training of one_weight() on the numbers in plan. Returns the weights in the end."""
+    model, optimizer = one_weight()
+    for step, [(_, numbers)] in run.steps("some", model, optimizer, plan):
+        loss = (model(torch.tensor(numbers).double()[:, None]) - 3).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        run.log(loss=loss)
+        if step == interrupted_in:
+            return None
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_steps_continue_where_the_state_was_saved(tmp_path, monkeypatch, bars, saved):
+    """Interrupted in step 3, before anything is saved, and in step 9, after the state of step 6.
+    Weights and metrics are those of the run that was not interrupted, to the bit. So the weights,
+    Adam's memory and the lines that will come again are right. Another stage leaves the state
+    alone and begins with its first step."""
+    monkeypatch.setattr(support.run, "SAVE_EVERY", 6)
+    monkeypatch.setattr(support.run, "LOG_EVERY", 3)
+    plan = [[i, i * i % 5] for i in range(14)]
+    whole, folder = Run(tmp_path / "whole"), tmp_path / "run"
+    for run in (whole, Run(folder)):
+        run.record(stage="before", step=99)
+    want = train_a_little(whole, plan)
+    assert saved == [6, 12]
+    for interrupted_in, first, saves in ((3, 0, []), (9, 0, [6]), (8, 6, []), (None, 6, [12])):
+        saved.clear()
+        weights = train_a_little(Run(folder), plan, interrupted_in)
+        assert bars[-1].settings["initial"] == first and saved == saves
+        if first == 0:
+            assert next(Run(folder).steps("other", *one_weight(), plan))[0] == 0
+    assert torch.equal(weights, want), "the continued run comes to other weights"
+    without_speed = []
+    for run in (whole, Run(folder)):
+        rows = read_jsonl(run.metrics)
+        without_speed.append([row | {"pairs_per_second": None} for row in rows])
+    assert without_speed[0] == without_speed[1], "a line is lost, or comes twice"
+    assert len(without_speed[0]) == 1 + 6
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    """The message says where, with which learning rate, and what can be continued. Other values
+    may be infinite: they move no weight."""
+    monkeypatch.setattr(support.run, "SAVE_EVERY", 3)
+    run = Run(tmp_path)
+    for step, _ in run.steps("some", *one_weight(), [[0]] * 8):
+        run.log(loss=math.nan)
+        run.log(grad_norm=torch.tensor(5.0))
+        if step in (2, 4):
+            what = "was not saved" if step == 2 else f"is in {run.state}"
+            with pytest.raises(SystemExit) as stopped:
+                run.log(grad_norm=torch.tensor((math.nan, math.inf)[step == 4]))
+            text = str(stopped.value)
+            assert text.startswith(f"some, step {step}: the gradient is not finite")
+            assert f"than {cosine(step, 8):g}." in text and text.endswith(f" {what}.")
+
+
+@given(st.integers(1, 60), st.integers(1, 70))
+def test_the_parts_of_a_batch_have_shares_that_add_up(n, accumulate):
+    """Its indices in order, in at most `accumulate` parts, none of them empty. A part's share is
+    its part of the batch, so the shares add up to 1 (1e-12)."""
+    indices = list(range(3, 3 + n))
+    parts = split(indices, accumulate)
+    assert sum([part for _, part in parts], []) == indices
+    assert 1 <= len(parts) <= accumulate
+    assert all(part and share == len(part) / n for share, part in parts)
+    assert sum(share for share, _ in parts) == pytest.approx(1, abs=1e-12)
+
+
+def test_learning_rate_warms_up_and_goes_to_zero():
+    """30 of 1,000 steps up in a line, then down a cosine. A short training begins at its peak."""
+    for step, total, want in ((0, 1000, 2 / 30), (14, 1000, 1), (250, 1000, 1 + 0.5 ** 0.5),
+                              (500, 1000, 1), (750, 1000, 1 - 0.5 ** 0.5), (0, 10, 2), (5, 10, 1)):
+        assert lr_at(step, total, 2.0) == pytest.approx(want, rel=1e-12), f"{step} of {total}"
+    rates = [lr_at(step, 1000, 2.0) for step in range(1000)]
+    assert rates.index(max(rates)) in (28, 29) and 0 < rates[-1] < 1e-4
+
+
+def test_an_error_while_writing_leaves_the_old_file(tmp_path):
+    """Whoever reads while it is written, or after an error, finds the old content whole."""
+    file = tmp_path / "a.json"
+    write_json({"version": 1}, file)
+    with pytest.raises(KeyboardInterrupt):
+        with atomic(file) as beside:
+            beside.write_text('{"version"', encoding="utf-8")
+            assert read_json(file) == {"version": 1}
+            raise KeyboardInterrupt
+    assert read_json(file) == {"version": 1}
+    with pytest.raises(TypeError):
+        write_json({"version": torch.zeros(1)}, file)
+    assert read_json(file) == {"version": 1}
+    with pytest.raises(KeyboardInterrupt):
+        with atomic(tmp_path / "new.json"):
+            raise KeyboardInterrupt
+    assert not (tmp_path / "new.json").exists()
+    write_json({"version": 2}, file)
+    assert read_json(file) == {"version": 2}
+    assert [f.name for f in tmp_path.iterdir()] == ["a.json"], "something half-written was left"
+
+
+# ---- Starting a run
+
+def test_a_run_is_started_once_and_continued_with_its_flags(tmp_path, capsys):
+    """A new folder; an unfinished run without --resume, with other flags, and with its own; and a
+    finished one. Every flag that differs is named with both values."""
+    folder, flags = tmp_path / "run", {"data": None, "beta": 0.5, "batch_size": 8, "seed": 3}
+    run = start(folder, flags, resume=False)
+    assert run.folder == folder and read_json(folder / "flags.json") == flags
+    assert capsys.readouterr().out == ""
+    with pytest.raises(SystemExit, match="unfinished run. Continue it with --resume"):
+        start(folder, flags, resume=False)
+    with pytest.raises(SystemExit) as refused:
+        start(folder, flags | {"beta": 1.0, "batch_size": 9}, resume=True)
+    assert str(refused.value).endswith("--beta was 0.5, is 1.0; --batch-size was 8, is 9")
+    assert start(folder, flags, resume=True).folder == folder
+    assert read_json(folder / "flags.json") == flags
+    assert capsys.readouterr().out == ""
+    write_json({}, folder / "summary.json")
+    for resume in (False, True):
+        with pytest.raises(SystemExit, match="finished run, which is not overwritten"):
+            start(folder, flags, resume)
+    start(tmp_path / "new", flags, resume=True)
+    assert capsys.readouterr().out.startswith(f"Nothing to resume in {tmp_path / 'new'}:")
+
+
+def test_a_run_is_continued_on_the_data_that_it_was_begun_with(tmp_path, monkeypatch):
+    """The whole path and the hash of the file are kept. A changed file is refused, and so is one
+    that cannot be read. The caller's flags stay as they are."""
+    (tmp_path / "mine.jsonl").write_text("a pair", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    flags = {"data": "mine.jsonl", "seed": 3}
+    start(tmp_path / "run", flags, resume=False)
+    assert flags == {"data": "mine.jsonl", "seed": 3}
+    kept = {"data": str(tmp_path.resolve() / "mine.jsonl"), "seed": 3,
+            "data_sha256": hashlib.sha256(b"a pair").hexdigest()}
+    assert read_json(tmp_path / "run" / "flags.json") == kept
+    start(tmp_path / "run", flags, resume=True)
+    (tmp_path / "mine.jsonl").write_text("another pair", encoding="utf-8")
+    with pytest.raises(SystemExit, match="--data-sha256 was"):
+        start(tmp_path / "run", flags, resume=True)
+    with pytest.raises(data.DataError, match="absent.jsonl: cannot be read"):
+        data_sha256("absent.jsonl")
+
+
+def test_auto_is_the_fastest_device_there_is(monkeypatch):
+    for cuda in (False, True):
+        for mps in (False, True):
+            monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+            monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+            assert pick_device("auto") == ("cuda" if cuda else "mps" if mps else "cpu")
+            assert pick_device("mps") == "mps"
+
+
+# ---- Reading a finished run
+
+FLAGS = {"data": None, "annotator": "human", "tokenizer": "toy", "seed": 3}
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A run's folder with untrained models, and the models."""
+    models = {}
+    for name in ("sft", "plain", "dpo"):
+        models[name] = GPT(GPTConfig(8, 9, n_layer=1, n_head=1, n_embd=8))
+        facts = {"reference": checkpoints.fingerprint(models["sft"])} if name != "sft" else {}
+        checkpoints.save_model(models[name], tmp_path / f"{name}.pt", **facts)
+    write_json(FLAGS, tmp_path / "flags.json")
+    return tmp_path, models
+
+
+def test_a_finished_run_is_read_with_its_models(finished):
+    """In eval mode, with plain DPO or without it."""
+    folder, models = finished
+    for names in (["sft", "plain", "dpo"], ["sft", "dpo"]):
+        for read in (load_run, load_toy_run):
+            flags, tokenizer, found = read(str(folder))
+            assert flags == FLAGS and tokenizer is data.get_tokenizer("toy")
+            assert list(found) == names
+            for name, model in found.items():
+                assert not model.training
+                assert_same(model.wte.weight, models[name].wte.weight, 0, what=name)
+        (folder / "plain.pt").unlink(missing_ok=True)
+
+
+def test_a_folder_without_a_run_says_how_to_make_one(finished):
+    folder, _ = finished
+    for missing in ("dpo.pt", "flags.json"):
+        (folder / missing).unlink()
+        with pytest.raises(SystemExit) as refused:
+            load_run(folder)
+        assert f"(no {missing}); make one with: python train.py --out-dir" in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["plain", "dpo"])
+def test_a_policy_is_not_measured_against_another_reference(finished, name):
+    """The reference was replaced, or a policy was."""
+    folder, models = finished
+    checkpoints.save_model(models[name], folder / f"{name}.pt",
+                           reference=checkpoints.fingerprint(models[name]))
+    with pytest.raises(SystemExit, match=f"{name}.pt was trained against another reference"):
+        load_run(folder)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"annotator": "ai"}, "was trained with --annotator ai; this needs the toy world"),
+    ({"data": "mine.jsonl"}, "was trained with --data; this needs the toy world"),
+])
+def test_a_run_without_a_known_optimum_is_no_toy_run(finished, changes, message):
+    folder, _ = finished
+    write_json(FLAGS | changes, folder / "flags.json")
+    assert load_run(folder)[0] == FLAGS | changes
+    with pytest.raises(SystemExit, match=message):
+        load_toy_run(folder)
