@@ -241,7 +241,7 @@ def run_proofs(tree, tests, seconds):
 
     status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], plugins=[Failure()])
     Path("seconds").write_text(str(time.process_time()), encoding="utf-8")
-    os._exit(status)
+    raise SystemExit(int(status))
 
 
 class Worker:
