@@ -50,8 +50,10 @@ def pytest_report_header(config):
 
 
 def use_implementation(config, file):
-    from exercises.grading import Grader, load
+    from exercises.grading import PROOFS, Grader, load
     config.pluginmanager.register(Grader(load(file), file))
+    if config.args_source is not config.ArgsSource.ARGS:  # no other file holds a graded proof
+        config.args = [str(proof) for proof in PROOFS]
 
 
 def prove_claim(config, number, altered):

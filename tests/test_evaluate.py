@@ -1,6 +1,7 @@
 """evaluate.py: a whole summary, once more by plain sums over all responses."""
 import math
 import sys
+from functools import lru_cache
 
 import pytest
 import torch
@@ -17,13 +18,11 @@ REWARDS = [[world.true_reward(x, y) for y in world.responses()] for x in HELD_OU
 LOW = -5.0  # the reward of ill-formed text
 
 
-def wins_of(rewards):
+@lru_cache(maxsize=None)  # of 8 prompts: not before a test asks for them
+def wins_of(prompt):
     """Entry [i, j] says how often i wins against j: always, never, or, in a tie, half the time."""
-    x = torch.tensor(rewards, dtype=torch.float64).round(decimals=9)  # (N,)
+    x = torch.tensor([*REWARDS[prompt], LOW], dtype=torch.float64).round(decimals=9)  # (N,)
     return ((x[:, None] > x[None, :]) + 0.5 * (x[:, None] == x[None, :])).double()  # (N, N)
-
-
-WINS = [wins_of([*r, LOW]) for r in REWARDS]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +48,8 @@ def mean(values):
 def row_by_hand(logps, ref_logps):
     """What the table says of a policy: means over prompts, from lists of probabilities."""
     rows = []
-    for p, q, r, wins in zip(logps.exp().tolist(), ref_logps.exp().tolist(), REWARDS, WINS):
+    for prompt, r in enumerate(REWARDS):
+        p, q = logps[prompt].exp().tolist(), ref_logps[prompt].exp().tolist()
         mass_p, mass_q = math.fsum(p), math.fsum(q)
         reward = math.fsum(a * c for a, c in zip(p, r)) / mass_p
         kl = math.fsum(a / mass_p * math.log(a / mass_p / (b / mass_q)) for a, b in zip(p, q))
@@ -60,7 +60,7 @@ def row_by_hand(logps, ref_logps):
         p, q = torch.tensor(p).double(), torch.tensor(q).double()
         rows.append({"reward": reward, "kl": kl, "objective": reward - BETA * kl,
                      "wellformed": mass_p, "objective_all": reward_all - BETA * kl_all,
-                     "win_rate": (p @ wins @ q).item()})
+                     "win_rate": (p @ wins_of(prompt) @ q).item()})
     return {name: mean([row[name] for row in rows]) for name in rows[0]}
 
 
