@@ -2,7 +2,7 @@
 
     python tests/mutants.py world.py ppo.py   the mutants of these files
     python tests/mutants.py --changed         of the files that differ from the last commit
-    python tests/mutants.py all               of all files below: about an hour on 2 cores
+    python tests/mutants.py all               of all files below: more than an hour
 
 A mutant is killed if a proof fails. One that lives is a mistake that no proof sees: write a proof.
 If it does what the file does, no proof can see it. Then enter it in tests/equivalent.toml, with the
@@ -319,13 +319,14 @@ def changed_files():
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", metavar="FILE", choices=[*TESTS, "all", []],
-                        help="one of: " + ", ".join(TESTS))
+    parser.add_argument("files", nargs="*", metavar="FILE", help="all, or of: " + ", ".join(TESTS))
     parser.add_argument("--changed", action="store_true",
                         help="the files that differ from the last commit")
     args = parser.parse_args(argv)
     files = list(TESTS) if "all" in args.files else args.files
     files = list(dict.fromkeys(files + (changed_files() if args.changed else [])))
+    if unknown := [file for file in files if file not in TESTS]:
+        parser.error(f"no proofs are named for {', '.join(unknown)}, only for " + ", ".join(TESTS))
     if not files:
         parser.error("no file is given, or none of these has changed: " + ", ".join(TESTS))
     explained, wrong = equivalents(), 0
