@@ -172,7 +172,7 @@ def compare(run):
 def table(comparison):
     """The comparison as text, a line for each row."""
     rows = comparison["rows"]
-    lines = [f"{'held-out prompts, exact':<40}{'labels':>8}{'samples':>9}{'models':>8}"
+    lines = [f"{'held-out prompts':<40}{'labels':>8}{'samples':>9}{'models':>8}"
              f"{'seconds':>9}{'reward':>9}{'KL':>8}{'J':>8}{'J/J*':>8}{'well-f.':>9}{'J, all':>9}"]
     for name, r in rows.items():
         samples = f"{r['generated']:,}" + ("/ans" if name.startswith("best") else "")
