@@ -43,7 +43,7 @@ def toy_table(s, summary_key):
               "over well-formed text.",
               "Win rate (against a sample of the reference, a tie counts 1/2) and \"J, all text\" "
               f"count ill-formed text at {world.ILL_FORMED_REWARD:g}.",
-              "All is exact, but for \"J, all text\" of plain DPO and DPO: it is an upper bound.",
+              "All is exact, but for \"J, all text\" of a trained policy: it is an upper bound.",
               "",
               f"DPO reaches {s['captured']:.1%} of the gain in reward that is possible at its KL.",
               f"Its J is {share:.1%} of the optimum, and with ill-formed text at most "
