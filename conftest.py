@@ -27,8 +27,6 @@ def pytest_configure(config):
                                        "function, see --impl")
     config.addinivalue_line("markers", "slow: a file that takes long; -m 'not slow' leaves it out")
     # The exercises and the claims are imported only where they are asked for.
-    if config.getoption("--impl"):
-        use_implementation(config, config.getoption("--impl"))
     if config.getoption("--claim") is not None or config.getoption("--altered"):
         prove_claim(config, config.getoption("--claim"), config.getoption("--altered"))
     set_up_hypothesis(config)
@@ -37,23 +35,22 @@ def pytest_configure(config):
 
 
 def pytest_cmdline_main(config):
+    """--claims and --impl print what they have to say. They run no tests in this process."""
     if config.getoption("--claims"):
         from claims import listed
         sys.stdout.reconfigure(encoding="utf-8")
         print(listed())
         return pytest.ExitCode.OK
+    if config.getoption("--impl"):
+        from exercises.grading import command
+        sys.stdout.reconfigure(encoding="utf-8")
+        options = ["--seed", str(config.getoption("--seed")), "-k", config.getoption("keyword")]
+        return command(config.getoption("--impl"), options, config.getoption("verbose") > 0)
 
 
 def pytest_report_header(config):
     number = config.getoption("--bug")
     return f"bug {number} is in effect: failures are wanted" if number else None
-
-
-def use_implementation(config, file):
-    from exercises.grading import PROOFS, Grader, load
-    config.pluginmanager.register(Grader(load(file), file))
-    if config.args_source is not config.ArgsSource.ARGS:  # no other file holds a graded proof
-        config.args = [str(proof) for proof in PROOFS]
 
 
 def prove_claim(config, number, altered):

@@ -26,8 +26,8 @@ def token_logps(logits, tokens):
     """log p(tokens[:, t+1] | tokens[:, :t+1]) for every t.
 
     logits (B,T,V): a model's output for tokens (B,T).
-    Returns (B,T-1), in float32 at least: half precision is too coarse
-    for differences of sums. Raises ValueError for shapes that differ.
+    Returns (B,T-1), in float32 at least (float64 stays): half precision
+    is too coarse for sums. Raises ValueError for shapes that differ.
     """
     if logits.shape[:2] != tokens.shape:
         raise ValueError(f"logits {tuple(logits.shape)} must be (B, T, V) "
@@ -94,7 +94,7 @@ def implicit_rewards(policy_chosen_logps, policy_rejected_logps,
     """r^(x,y) = beta log(pi(y|x)/ref(y|x)), section 4, of both. (B,), (B,)
 
     They carry no gradient: they are for looking at. Raises ValueError
-    for beta <= 0, which ties the policy to nothing.
+    unless beta > 0 (nan is not): nothing would tie the policy.
     """
     if not beta > 0:
         raise ValueError(f"beta={beta} must be positive")
@@ -109,7 +109,7 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps,
 
     The log-probabilities (B,) come from `response_logps`.
     Returns losses, chosen_rewards and rejected_rewards, each (B,).
-    Raises ValueError for beta <= 0 and for shapes that differ.
+    Raises ValueError unless beta > 0, and for shapes that differ.
     """
     logps = policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps
     logits = preference_logits(*logps)  # (B,)
@@ -151,7 +151,7 @@ def analytic_gradient(policy, batch, beta):
 # ---- The gradient check: three ways to the same numbers, at three depths
 
 def central_differences(f, x, eps=1e-5):
-    """df/dx of a scalar function f() that reads x, entry by entry."""
+    """df/dx of a scalar f() that reads x. Each entry moves by eps, and back."""
     grad = torch.empty_like(x)
     flat, flat_grad = x.detach().view(-1), grad.view(-1)
     with torch.no_grad():
@@ -170,8 +170,8 @@ def gradient_check(policy, batch, beta):
     """The analytic gradient, autograd, and central differences.
 
     policy, batch: as in `analytic_gradient`, in float64. Yields (name,
-    shape, error against autograd, error against differences, largest
-    entry) of log pi(y_w|x), log pi(y_l|x), logits, each parameter.
+    shape, largest error against autograd, against differences, largest
+    entry) of log pi(y_w|x), log pi(y_l|x), logits, each named parameter.
     """
     tokens, mask = batch["tokens"], batch["response_mask"]
     ref = batch["ref_chosen_logps"], batch["ref_rejected_logps"]

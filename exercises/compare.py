@@ -13,8 +13,8 @@ class Mistake(AssertionError):
 def assert_same(got, want, tolerance, mistakes=None, what="the result"):
     """Assert that got equals want, shape included, to tolerance x max(1, largest |want|).
 
-    mistakes: {what was probably done: the value that it gives}. If got equals one of these values,
-    the message says what was probably done.
+    mistakes: {what was probably done: the value that it gives, or a list of such values}. If got
+    equals one of them, the message says what was probably done.
     """
     __tracebackhide__ = True
     assert got is not None, f"{what} is None: is a return missing?"
@@ -23,20 +23,20 @@ def assert_same(got, want, tolerance, mistakes=None, what="the result"):
         notes.append((what, _difference(got, want), tolerance))
     if _close(got, want, tolerance):
         return
-    for mistake, value in (mistakes or {}).items():
-        value = _tensor(value)
-        if _close(got, value, tolerance) and not torch.equal(value, want):
-            raise Mistake(f"{what}: {mistake}")
+    for mistake, values in (mistakes or {}).items():
+        for value in map(_tensor, values if isinstance(values, list) else [values]):
+            if _close(got, value, tolerance) and not _close(value, want, tolerance):
+                raise Mistake(f"{what}: {mistake}")
     if got.shape != want.shape:
-        raise AssertionError(f"{what} has shape {tuple(got.shape)}; wanted {tuple(want.shape)}")
+        raise Mistake(f"{what}: the shape is {tuple(got.shape)}; wanted {tuple(want.shape)}")
     if not torch.isfinite(got).all():
-        raise AssertionError(f"{what} is not finite: {_show(got)}; wanted {_show(want)}")
+        raise AssertionError(f"{what}: not finite, {_show(got)}; wanted {_show(want)}")
     if not got.any():
-        raise AssertionError(f"{what} is zero everywhere; wanted {_show(want)}")
-    if torch.allclose(got.double(), -want.double(), rtol=1e-6):
-        raise AssertionError(f"{what} has the opposite sign; "
-                             f"wanted {_show(want)}, got {_show(got)}")
-    raise AssertionError(f"{what} is {_show(got)}; wanted {_show(want)}: "
+        raise AssertionError(f"{what}: zero everywhere; wanted {_show(want)}")
+    if torch.allclose(got.double(), -want.double(), rtol=1e-6, atol=0):
+        raise AssertionError(f"{what}: the sign is flipped; "
+                             f"got {_show(got)}, wanted {_show(want)}")
+    raise AssertionError(f"{what}: got {_show(got)}; wanted {_show(want)}; "
                          f"off by {_difference(got, want):.2g}, allowed {tolerance:g}")
 
 

@@ -4,8 +4,9 @@ Write one function, and see what the project's proofs say about it:
 
     python -m pytest --impl exercises/dpo.py
 
-Begin at the top. A function uses only functions that stand before it. The message of a ValueError
-names what is wrong, such as "beta=0", or shows the shapes that differ.
+Begin at the top. A function uses only functions that stand before it. No function changes its
+arguments; central_differences moves x, and puts it back. float64 stays float64. Where a ValueError
+is asked for, its wording is yours.
 
 B pairs, T tokens, V vocabulary, C channels. h is what preference_logits returns, sigma is the
 logistic function, and all logarithms are in nats. The equation numbers are those of
@@ -20,8 +21,8 @@ def token_logps(logits, tokens):
     """log p(tokens[:, t+1] | tokens[:, :t+1]) for every t.
 
     logits (B,T,V): a model's output for tokens (B,T).
-    Returns (B,T-1), in float32 at least: half precision is too coarse
-    for differences of sums. Raises ValueError for shapes that differ.
+    Returns (B,T-1), in float32 at least (float64 stays): half precision
+    is too coarse for sums. Raises ValueError for shapes that differ.
     """
     raise NotImplementedError
 
@@ -77,7 +78,7 @@ def implicit_rewards(policy_chosen_logps, policy_rejected_logps,
     """r^(x,y) = beta log(pi(y|x)/ref(y|x)), section 4, of both. (B,), (B,)
 
     They carry no gradient: they are for looking at. Raises ValueError
-    for beta <= 0, which ties the policy to nothing.
+    unless beta > 0 (nan is not): nothing would tie the policy.
     """
     raise NotImplementedError
 
@@ -88,7 +89,7 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps,
 
     The log-probabilities (B,) come from `response_logps`.
     Returns losses, chosen_rewards and rejected_rewards, each (B,).
-    Raises ValueError for beta <= 0 and for shapes that differ.
+    Raises ValueError unless beta > 0, and for shapes that differ.
     """
     raise NotImplementedError
 
@@ -119,7 +120,7 @@ def analytic_gradient(policy, batch, beta):
 # ---- The gradient check: three ways to the same numbers
 
 def central_differences(f, x, eps=1e-5):
-    """df/dx of a scalar function f() that reads x, entry by entry."""
+    """df/dx of a scalar f() that reads x. Each entry moves by eps, and back."""
     raise NotImplementedError
 
 
@@ -127,14 +128,14 @@ def gradient_check(policy, batch, beta):
     """The analytic gradient, autograd, and central differences.
 
     policy, batch: as in `analytic_gradient`, in float64. Yields (name,
-    shape, error against autograd, error against differences, largest
-    entry) of log pi(y_w|x), log pi(y_l|x), logits, each parameter.
+    shape, largest error against autograd, against differences, largest
+    entry) of log pi(y_w|x), log pi(y_l|x), logits, each named parameter.
     """
     raise NotImplementedError
 
 
 # ---- Variants of the loss. Each is called as dpo_loss is, returns what it
-# returns, and refuses what it refuses.
+# returns, and raises a ValueError where it does.
 
 def cdpo_loss(policy_chosen_logps, policy_rejected_logps,
               ref_chosen_logps, ref_rejected_logps, beta=0.1, label_smoothing=0.1):

@@ -89,6 +89,7 @@ def tensors():
     impossible_logits[0, 0, 2] = -torch.inf  # a token of the prompt has probability 0
     next_tokens = [2, 0, 3, 4, 4, 1]  # what follows the tokens of row 0
     return {
+        "EOS": 9,
         "tokens": tokens,
         "mask": mask,
         "empty_mask": torch.zeros_like(mask),

@@ -4,6 +4,7 @@ The loss is compared with plain formulas, with a minimiser, and with differentia
 were solved by hand. The gradient is computed in three ways. float64. The tolerance is 1e-10 unless
 a test states another one.
 """
+import inspect
 import itertools
 import math
 
@@ -17,7 +18,18 @@ import losses
 import world
 from lab import tabular
 from model import GPTConfig
-from tools import Bare, assert_same, betas, grades, numbers, softplus, vector, worlds
+from tools import (
+    Bare,
+    Mistake,
+    assert_same,
+    betas,
+    grades,
+    message_of_refusal,
+    numbers,
+    softplus,
+    vector,
+    worlds,
+)
 
 LN2 = math.log(2)
 
@@ -31,19 +43,37 @@ def loss_mistakes(w, l, rw, rl, beta):
         "your loss is right at beta = 0.1 only. Does it use the argument beta, inside the "
         "sigmoid?": softplus(-0.1 * h),
         "beta is missing. Eq. 7 is -log sigma(beta h)": softplus(-h),
-        "beta is in the loss twice. Eq. 7 is -log sigma(beta h)": softplus(-beta ** 2 * h),
+        "beta is in the loss twice. Eq. 7 is -log sigma(beta h)":
+            [softplus(-beta ** 2 * h), beta * softplus(-beta * h)],
+        "h is divided by beta. Eq. 7 is -log sigma(beta h)": softplus(-h / beta),
+        "this takes the absolute value of the margin. A pair that is ranked wrongly must have a "
+        "large loss": softplus(-beta * h.abs()),
         "the reference is ignored. That is another loss, CPO. Eq. 7 has log(pi/ref) for both "
         "responses": softplus(-beta * (w - l)),
         "the reference's log-ratio has the wrong sign. It is subtracted in Eq. 7":
             softplus(-beta * ((w - l) + (rw - rl))),
-        "the loss prefers the wrong response. Chosen and rejected are swapped, or the sign of h "
-        "is flipped": softplus(beta * h),
-        "the minus sign is missing. log sigma is negative, and the loss is minus log sigma":
+        "chosen and rejected are swapped in the policy's log-ratio alone":
+            softplus(-beta * ((l - w) - (rw - rl))),
+        "the loss prefers the wrong response. Chosen and rejected are swapped, or policy and "
+        "reference, or the sign of h is flipped": softplus(beta * h),
+        "the sign of the loss is flipped. log sigma is negative, and the loss is minus log sigma":
             -softplus(-beta * h),
-        "the log is missing. -sigma(beta h) is not a negative log-likelihood":
-            -torch.sigmoid(beta * h),
-        "you return the mean; wanted the loss of each pair, (B,)": softplus(-beta * h).mean(),
-        "you return the sum; wanted the loss of each pair, (B,)": softplus(-beta * h).sum(),
+        "the log is missing. Eq. 7 is -log sigma(beta h)":
+            [-torch.sigmoid(beta * h), torch.sigmoid(beta * h), torch.sigmoid(-beta * h)],
+        "this is the mean; wanted the loss of each pair, (B,)": softplus(-beta * h).mean(),
+        "this is the sum; wanted the loss of each pair, (B,)": softplus(-beta * h).sum(),
+        "each loss is divided by the number of pairs; the caller takes the mean":
+            softplus(-beta * h) / len(h),
+        "the loss is divided by beta": softplus(-beta * h) / beta,
+        "this is a logarithm to base 2; wanted nats": softplus(-beta * h) / LN2,
+        "this is the hinge; wanted -log sigma(beta h)": [(1 - beta * h).clamp(min=0),
+                                                         (-beta * h).clamp(min=0)],
+        "each response has its own sigma; Eq. 7 has one, of the difference":
+            softplus(-beta * (w - rw)) + softplus(beta * (l - rl)),
+        "these are rewards; the losses come first": [beta * (w - rw), beta * (l - rl)],
+        "this is beta h; wanted -log sigma(beta h)": [beta * h, -beta * h],
+        "the responses' reference values are swapped with the policy's of the other":
+            softplus(-beta * ((w - rl) - (l - rw))),
     }
 
 
@@ -54,9 +84,63 @@ def reward_mistakes(policy, ref, beta):
         "beta is in the reward twice; r^ = beta (log pi - log ref)": beta ** 2 * (policy - ref),
         "the reference is ignored; r^ = beta (log pi - log ref)": beta * policy,
         "ref and pi are swapped; r^ = beta (log pi - log ref)": beta * (ref - policy),
-        "you return the mean over the batch; wanted the reward of each response, (B,)":
+        "beta divides; r^ = beta (log pi - log ref)": (policy - ref) / beta,
+        "beta multiplies log pi alone; r^ = beta (log pi - log ref)": beta * policy - ref,
+        "the reference's sign is wrong; r^ = beta (log pi - log ref)": beta * (policy + ref),
+        "this is the absolute value; a reward has a sign": beta * (policy - ref).abs(),
+        "this is sigma of the reward; wanted the reward": torch.sigmoid(beta * (policy - ref)),
+        "the batch's mean is subtracted": beta * ((policy - ref) - (policy - ref).mean()),
+        "these are rewards at beta = 0.1; r^ = beta (log pi - log ref)": 0.1 * (policy - ref),
+        "this is the mean over the batch; wanted the reward of each response, (B,)":
             beta * (policy - ref).mean(),
+        "this is the sum over the batch; wanted the reward of each response, (B,)":
+            beta * (policy - ref).sum(),
+        "these are ratios of probabilities; r^ is beta times their logarithm":
+            [(policy - ref).exp(), beta * (policy - ref).exp()],
     }
+
+
+def check_rewards(chosen, rejected, logps, beta):
+    """The implicit rewards, compared with r^ = beta log(pi/ref), section 4, to 1e-12."""
+    w, l, rw, rl = logps
+    assert_same(chosen, beta * (w - rw), 1e-12, reward_mistakes(w, rw, beta) | {
+        "this is the rejected response's. The chosen rewards come first": beta * (l - rl),
+        "this is the margin; wanted the reward of one response": beta * (w - rw - l + rl),
+        "this compares chosen and rejected; wanted policy and reference":
+            [beta * (w - l), beta * (rw - rl)],
+        "each response has the reference's value of the other one": beta * (w - rl),
+    }, what="the chosen reward")
+    assert_same(rejected, beta * (l - rl), 1e-12, reward_mistakes(l, rl, beta) | {
+        "this is the chosen response's. The chosen rewards come first": beta * (w - rw),
+    }, what="the rejected reward")
+
+
+def check_detached(rewards_of):
+    """The rewards of rewards_of(w, l, rw, rl) carry no gradient, to the policy or the reference."""
+    for whose, places in (("policy", (0, 1)), ("reference", (2, 3))):
+        logps = four(3)
+        for place in places:
+            logps[place].requires_grad_()
+        for reward, which in zip(rewards_of(*logps), ("chosen", "rejected")):
+            if reward.requires_grad:
+                raise Mistake(f"the {which} rewards carry a gradient to the {whose}: a detach is "
+                              "missing. They are for looking at")
+
+
+def check_slope(loss, w, l, want, what="the loss"):
+    """The gradient of a loss (B,) at w and at l, compared with want (B,) and -want, to 1e-12."""
+    if not loss.requires_grad:
+        raise Mistake(f"{what} carries no gradient: it is cut off from the policy. Is there a "
+                      "detach or a no_grad too many?")
+    at_w, at_l = torch.autograd.grad(loss.sum(), (w, l), allow_unused=True)
+    for slope, which, sign in ((at_w, "y_w", 1), (at_l, "y_l", -1)):
+        if slope is None or not slope.any():
+            raise Mistake(f"{what} has no gradient at log pi({which}|x). Is it detached?")
+        assert_same(slope, sign * want, 1e-12, {
+            "its sign is flipped": -sign * want,
+            "this gradient is the mean over the batch; each pair has its own":
+                (sign * want / len(want)),
+        }, what=f"the gradient of {what} at log pi({which}|x)")
 
 
 def four(n=50, scale=5):
@@ -68,9 +152,9 @@ MODULES = {"preference_logits": dpo, "implicit_rewards": dpo, "dpo_loss": dpo, "
            "robust_loss": losses, "ipo_loss": losses, "hinge_loss": losses}
 
 
-def for_each(names):
+def for_each(names, **kind):
     """Parametrises a test by names of functions. Each case is a proof that grades its function."""
-    cases = [pytest.param(name, marks=grades(name)) for name in names]
+    cases = [pytest.param(name, marks=grades(name, **kind)) for name in names]
     return pytest.mark.parametrize("name", cases)
 
 
@@ -84,39 +168,63 @@ def test_h_is_the_policys_log_ratio_minus_the_references():
     want = vector(*[a - b - c + d for a, b, c, d in rows])
     assert_same(dpo.preference_logits(w, l, rw, rl), want, 1e-12, {
         "the reference is ignored": w - l,
+        "this is the reference's log-ratio alone": [rw - rl, rl - rw],
         "the reference's log-ratio has the wrong sign": (w - l) + (rw - rl),
-        "chosen and rejected are swapped": (l - w) - (rl - rw),
-        "h is multiplied by beta = 0.1, but h has no beta": 0.1 * ((w - l) - (rw - rl)),
+        "chosen and rejected are swapped, or policy and reference": (l - w) - (rl - rw),
+        "chosen and rejected are swapped in the policy's log-ratio alone": (l - w) - (rw - rl),
+        "h is multiplied by beta = 0.1, but h has no beta": 0.1 * want,
+        "brackets are missing: the reference's log-ratio is subtracted as a whole":
+            (w - l) - rw - rl,
+        "this is the chosen response's log-ratio alone": w - rw,
+        "the rejected response's reference is missing": (w - rw) - l,
+        "the chosen response's reference is missing": w - (l - rl),
+        "the two log-ratios are added; wanted their difference": (w - rw) + (l - rl),
+        "negative values are cut off at 0. Then a pair that is ranked wrongly looks like a tie":
+            want.clamp(min=0),
+        "the batch's mean is subtracted": want - want.mean(),
+        "this is the absolute value of h. Its sign says which response is preferred": want.abs(),
+        "this is the mean over the batch; wanted one number for each pair, (B,)": want.mean(),
+        "this is the sum over the batch; wanted one number for each pair, (B,)": want.sum(),
+        "these are probabilities, not log-probabilities; wanted differences of the arguments":
+            (w.exp() - l.exp()) - (rw.exp() - rl.exp()),
     }, what="h")
 
 
+@grades("preference_logits")
+def test_h_of_long_responses():
+    """Log-probabilities of -2000 are ordinary: a long response has one. exp of them is 0."""
+    got = dpo.preference_logits(*vector(-2000, -2001, -2002, -2000)[:, None])
+    if not got.isfinite().all():
+        raise Mistake(f"h of long responses is {got.item()}; wanted 3. exp of a log-probability "
+                      "underflows. Stay with logarithms")
+    assert_same(got, vector(3.0), 1e-12, what="h of long responses")
+
+
+@grades("preference_logits")
+def test_h_can_be_trained():
+    """dh/dlog pi(y_w) = 1 and dh/dlog pi(y_l) = -1, exactly."""
+    w, l, rw, rl = four(3)
+    w, l = w.requires_grad_(), l.requires_grad_()
+    check_slope(dpo.preference_logits(w, l, rw, rl), w, l, torch.ones(3).double(), what="h")
+
+
 @grades("implicit_rewards")
-@pytest.mark.parametrize("beta", [0.1, 0.5, 2.0])
+@pytest.mark.parametrize("beta", [0.3, 0.1, 1.7])
 def test_implicit_rewards_are_beta_times_the_log_ratio(beta):
-    """r^ = beta log(pi/ref), section 4, for chosen and for rejected."""
-    w, l, rw, rl = four(scale=2)
-    rewards = dpo.implicit_rewards(w, l, rw, rl, beta)
-    assert len(rewards) == 2, "wanted two results, the chosen rewards and the rejected rewards"
-    swapped = "chosen and rejected are swapped; the chosen rewards come first"
-    assert_same(rewards[0], beta * (w - rw), 1e-12,
-                reward_mistakes(w, rw, beta) | {swapped: beta * (l - rl)},
-                what="the chosen reward")
-    assert_same(rewards[1], beta * (l - rl), 1e-12,
-                reward_mistakes(l, rl, beta) | {swapped: beta * (w - rw)},
-                what="the rejected reward")
+    """r^ = beta log(pi/ref), section 4, for chosen and for rejected, to 1e-12."""
+    logps = four(scale=2)
+    chosen, rejected = dpo.implicit_rewards(*logps, beta)
+    check_rewards(chosen, rejected, logps, beta)
 
 
 @grades("implicit_rewards")
 def test_implicit_rewards_carry_no_gradient():
     """They are for looking at, and no gradient flows through them."""
-    w, l, rw, rl = [t.requires_grad_() for t in four(3)]
-    chosen, rejected = dpo.implicit_rewards(w, l, rw, rl, 0.1)
-    assert not chosen.requires_grad, "the chosen rewards carry a gradient: detach them"
-    assert not rejected.requires_grad, "the rejected rewards carry a gradient: detach them"
+    check_detached(lambda *logps: dpo.implicit_rewards(*logps, 0.1))
 
 
 @grades("dpo_loss")
-@pytest.mark.parametrize("beta", [0.1, 0.5, 2.0])
+@pytest.mark.parametrize("beta", [0.3, 0.1, 1.7])
 def test_the_loss_is_minus_log_sigma_of_beta_h(beta):
     """Eq. 7 on 50 random pairs, compared with log1p and exp."""
     w, l, rw, rl = four(scale=2)
@@ -126,28 +234,67 @@ def test_the_loss_is_minus_log_sigma_of_beta_h(beta):
 
 
 @grades("dpo_loss")
-@pytest.mark.parametrize("beta", [0.1, 0.5, 2.0])
+def test_the_gradient_of_the_loss_by_hand():
+    """dL/dlog pi(y_w) = -beta sigma(-beta h), and the opposite at log pi(y_l), to 1e-12."""
+    w, l, rw, rl = four(scale=2)
+    w, l = w.requires_grad_(), l.requires_grad_()
+    h = ((w - l) - (rw - rl)).detach()
+    check_slope(dpo.dpo_loss(w, l, rw, rl, beta=0.3)[0], w, l, -0.3 / (1 + torch.exp(0.3 * h)))
+
+
+@grades("dpo_loss")
+@pytest.mark.parametrize("beta", [0.3, 0.1, 1.7])
 def test_the_rewards_are_beta_times_the_log_ratio(beta):
     """The rewards of dpo_loss are r^ = beta log(pi/ref), section 4, for chosen and rejected."""
-    w, l, rw, rl = four(scale=2)
-    _, chosen, rejected = dpo.dpo_loss(w, l, rw, rl, beta=beta)
-    assert_same(chosen, beta * (w - rw), 1e-12, reward_mistakes(w, rw, beta),
-                what="the chosen reward")
-    assert_same(rejected, beta * (l - rl), 1e-12, reward_mistakes(l, rl, beta),
-                what="the rejected reward")
+    logps = four(scale=2)
+    _, chosen, rejected = dpo.dpo_loss(*logps, beta=beta)
+    check_rewards(chosen, rejected, logps, beta)
+
+
+@grades("dpo_loss")
+def test_the_rewards_carry_no_gradient():
+    """The rewards are for looking at. A reward with a gradient keeps its activations in memory, or
+    is trained by mistake."""
+    check_detached(lambda *logps: dpo.dpo_loss(*logps, beta=0.1)[1:])
+
+
+def check_wide_margin(loss, formula):
+    """The losses at beta h = 1.5, -1000 and 1000 in float32, beta = 1/2, compared with formula(h).
+
+    If the first one is right, and another one is not, the logarithm was taken of a number that is
+    too small for a float, or that was clipped.
+    """
+    h, zero = torch.tensor([3.0, -2000.0, 2000.0]), torch.zeros(3)
+    got, want = loss(h, zero, zero, zero, beta=0.5)[0].detach(), formula(h.double())
+    if got.shape == want.shape and abs(got[0] - want[0]) < 1e-5:
+        for value, right, beta_h in zip(got[1:].tolist(), want[1:].tolist(), (-1000, 1000)):
+            if not math.isfinite(value):
+                raise Mistake(f"the loss at beta h = {beta_h} is {value}; wanted {right:g}. Does "
+                              "log(sigmoid(x)) underflow, or exp overflow? logsigmoid does neither")
+            if abs(value - right) > 1:
+                raise Mistake(f"the loss at beta h = {beta_h} is {value:.4g}; wanted {right:g}. Is "
+                              "something clipped, or added, before the log? Take logsigmoid")
+    assert_same(got.double(), want, 1e-6, what="the losses at beta h = 1.5, -1000 and 1000")
+
+
+@grades("dpo_loss")
+def test_a_pair_that_is_ranked_wrongly_by_far():
+    """beta h = -1000: the loss is 1000 (float32, 1e-6), and its slope is -beta, not nan."""
+    check_wide_margin(dpo.dpo_loss, lambda h: softplus(-h / 2))
+    x, zero = torch.tensor([-2000.0], requires_grad=True), torch.zeros(1)
+    loss = dpo.dpo_loss(x, zero, zero, zero, beta=0.5)[0]
+    slope = torch.autograd.grad(loss.sum(), x)[0]
+    assert_same(slope, torch.tensor([-0.5]), 1e-6, what="its slope")
 
 
 @grades("dpo_loss")
 @given(numbers(4, 50), betas)
 def test_the_loss_is_minus_log_sigma_of_the_reward_margin(logps, beta):
-    """This is true of every pair and every beta. With rewards that lack beta, or have it twice, it
-    is true at beta = 1 only."""
+    """This is true of every pair and every beta, to 1e-10 (1e-10 beta for beta > 1). With rewards
+    that lack beta, or have it twice, it is true at beta = 1 only."""
     loss, chosen, rejected = dpo.dpo_loss(*logps[:, None], beta=beta)
-    margin = chosen - rejected
-    assert_same(loss, softplus(-margin), 1e-10 * max(1, beta), {
-        "the rewards lack beta": softplus(-margin * beta),
-        "the rewards contain beta twice": softplus(-margin / beta),
-    }, what="the loss, compared with the margin of the rewards")
+    assert_same(loss, softplus(rejected - chosen), 1e-10 * max(1, beta),
+                what="the loss, compared with the margin of the rewards")
 
 
 @grades("dpo_loss")
@@ -163,68 +310,74 @@ def test_finite_and_right_at_extreme_margins(dtype, tolerance, h, beta):
     x = torch.tensor([h], dtype=dtype, requires_grad=True)
     zero = torch.zeros(1, dtype=dtype)
     loss = dpo.dpo_loss(x, zero, zero, zero, beta=beta)[0]
-    assert loss.isfinite().all(), (
-        f"the loss at beta h = {beta * h:g} is {loss.item()}: log(sigmoid(x)) underflows, "
-        "logsigmoid does not")
     exact = x.detach().double()
     assert_same(loss.detach().double(), softplus(-beta * exact), tolerance,
-                what=f"the loss at h = {h:g}")
+                what=f"the loss at h = {h:g}, beta = {beta:g} in {dtype}")
     slope = torch.autograd.grad(loss.sum(), x)[0]
     assert_same(slope.double(), -beta * torch.sigmoid(-beta * exact), 2 * tolerance,
-                what=f"the slope at h = {h:g}")
+                what=f"the slope at h = {h:g}, beta = {beta:g} in {dtype}")
 
 
-@grades("dpo_loss")
-def test_the_rewards_carry_no_gradient():
-    """The rewards are for looking at. A reward with a gradient keeps its activations in memory, or
-    is trained by mistake."""
-    w, l, rw, rl = [t.requires_grad_() for t in four(3)]
-    loss, chosen, rejected = dpo.dpo_loss(w, l, rw, rl, beta=0.1)
-    assert loss.requires_grad, "the loss carries no gradient: it is cut off from the policy"
-    assert not chosen.requires_grad and not rejected.requires_grad, (
-        "the rewards carry a gradient: detach them")
+def refusal_of_beta(name, beta):
+    return message_of_refusal(getattr(MODULES[name], name), *torch.zeros(4, 1), beta=beta)
 
 
-@for_each(name for name in MODULES if name != "preference_logits")
-@pytest.mark.parametrize("beta", [0.0, -1.0, math.nan])
+def refusal_of_shapes(name, place):
+    """The argument at this place has the shape (3,1), the three others (3,)."""
+    logps = [torch.zeros(3) for _ in range(4)]
+    logps[place] = torch.zeros(3, 1)
+    return message_of_refusal(getattr(MODULES[name], name), *logps,
+                              **({"beta": 0.1} if name == "implicit_rewards" else {}))
+
+
+WITH_BETA = [name for name in MODULES if name != "preference_logits"]
+WITH_SHAPES = [name for name in MODULES if name != "implicit_rewards"]
+
+
+@for_each(WITH_BETA, guard="beta <= 0")
+@pytest.mark.parametrize("beta", [0.0, -1.0])
 def test_settings_that_mean_nothing_are_refused(name, beta):
-    """beta = 0 ties the policy to nothing. A ValueError names the value."""
-    function = getattr(MODULES[name], name)
-    try:
-        function(*torch.zeros(4, 1), beta=beta)
-    except ValueError as error:
-        assert f"beta={beta}" in str(error), (
-            f"the message must name the value. It is {str(error)!r} and does not contain "
-            f"'beta={beta}'")
-    else:
-        raise AssertionError(f"beta={beta} is accepted; wanted a ValueError that names the value")
+    """beta = 0 ties the policy to nothing. A ValueError is raised."""
+    refusal_of_beta(name, beta)
 
 
-@for_each(name for name in MODULES if name != "implicit_rewards")
-def test_shapes_that_would_broadcast_are_refused(name):
+@for_each(WITH_BETA, guard="beta = nan")
+def test_a_beta_that_is_no_number_is_refused(name):
+    """nan is not positive: a ValueError is raised. `if beta <= 0` lets it through."""
+    refusal_of_beta(name, math.nan)
+
+
+@for_each(WITH_SHAPES, guard="shapes (B,) with (B,1)")
+@pytest.mark.parametrize("place", range(4))
+def test_shapes_that_would_broadcast_are_refused(name, place):
     """(3,) beside (3,1) would broadcast to (3,3) and train on pairs that do not exist. A ValueError
-    shows the shapes."""
-    function = getattr(MODULES[name], name)
-    for i in range(4):
-        logps = [torch.zeros(3) for _ in range(4)]
-        logps[i] = torch.zeros(3, 1)
-        try:
-            function(*logps)
-        except ValueError as error:
-            assert "(3, 1)" in str(error), (
-                f"the message must show the shapes. It is {str(error)!r} and does not contain "
-                "'(3, 1)'")
-        else:
-            raise AssertionError(f"argument {i} of shape (3, 1) beside three of shape (3,) is "
-                                 "accepted; wanted a ValueError that shows the shapes")
+    is raised."""
+    refusal_of_shapes(name, place)
+
+
+@pytest.mark.parametrize("name", WITH_BETA)
+@pytest.mark.parametrize("beta", [0.0, -1.0, math.nan])
+def test_the_refusal_of_beta_names_the_value(name, beta):
+    """The message of the project's own ValueError."""
+    assert f"beta={beta}" in refusal_of_beta(name, beta)
+
+
+@pytest.mark.parametrize("name", WITH_SHAPES)
+def test_the_refusal_of_shapes_shows_them(name):
+    """The message of the project's own ValueError."""
+    for place in range(4):
+        assert "(3, 1)" in refusal_of_shapes(name, place)
 
 
 @grades("dpo_loss")
 def test_defaults_are_plain_dpo_at_beta_one_tenth():
     """Without options the loss is Eq. 7 with beta = 0.1."""
     w, l, rw, rl = four()
-    assert_same(dpo.dpo_loss(w, l, rw, rl)[0], softplus(-0.1 * ((w - l) - (rw - rl))), 1e-12,
-                what="the loss without options")
+    h = (w - l) - (rw - rl)
+    assert_same(dpo.dpo_loss(w, l, rw, rl)[0], softplus(-0.1 * h), 1e-12, {
+        "without options, beta is 0.1. Yours has another default":
+            [softplus(-beta * h) for beta in (1, 0.5, 0.05, 0.01, 0.2)],
+    }, what="the loss without options")
 
 
 # ---- What the loss means
@@ -243,8 +396,7 @@ def test_at_the_reference_the_loss_is_ln2_and_the_gradient_is_not_zero():
     assert not chosen.any() and not rejected.any(), (
         "at pi = ref every implicit reward is exactly 0")
     grad_w, grad_l = torch.autograd.grad(loss.sum(), (w, l))
-    assert_same(grad_w, torch.full_like(rw, -0.15), 1e-15,
-                {"beta is missing": torch.full_like(rw, -0.5)}, what="dL/dlog pi(y_w)")
+    assert_same(grad_w, torch.full_like(rw, -0.15), 1e-15, what="dL/dlog pi(y_w)")
     assert_same(grad_l, torch.full_like(rl, 0.15), 1e-15, what="dL/dlog pi(y_l)")
 
 
@@ -369,7 +521,6 @@ def test_one_deterministic_pair_grows_without_bound(beta, time):
     theta = tabular.gradient_flow(loss, ref, time)
     h = (theta[0] - theta[1]) - (ref[0] - ref[1])
     assert_same(torch.exp(beta * h) + beta * h, vector(1 + 2 * beta ** 2 * time)[0], 1e-8,
-                {"beta is missing in the gradient": torch.exp(h) + h},
                 what="e^(beta h) + beta h")
     assert h > 0, f"h = {h:g}, but the chosen response must gain on the rejected one"
 
@@ -441,10 +592,7 @@ def test_the_curvature_is_a_graph_laplacian():
     # sigma(x) sigma(-x) is even: both labels of a comparison have the same curvature, so the
     # noise of the labels does not matter here
     weights = 2 * drawn * torch.sigmoid(beta * h) * torch.sigmoid(-beta * h)
-    assert_same(hessian, beta ** 2 * tabular.laplacian(weights), 1e-12, {
-        "beta^2 is missing": tabular.laplacian(weights),
-        "beta is there once; wanted beta^2": beta * tabular.laplacian(weights),
-    }, what="the Hessian")
+    assert_same(hessian, beta ** 2 * tabular.laplacian(weights), 1e-12, what="the Hessian")
     eigenvalues = torch.linalg.eigvalsh(hessian)
     assert eigenvalues.min() > -1e-12 and (eigenvalues < 1e-10).sum() == 2, (
         f"the eigenvalues must be two zeros and four positive numbers: {eigenvalues.tolist()}")
@@ -515,25 +663,61 @@ def test_regressing_reward_differences_has_the_same_target_and_more_curvature():
 # ---- The gradient: the weight, the analytic form, and the check
 
 @grades("gradient_weight")
-@given(numbers(2, 30))
-def test_the_weight_is_sigma_of_rejected_minus_chosen(rewards):
-    """Section 4. The weight is near 1 where the implicit reward ranks the pair wrongly, and 1/2
-    where both rewards are equal."""
-    chosen, rejected = rewards[:, None]
-    assert_same(dpo.gradient_weight(chosen, rejected), 1 / (1 + torch.exp(chosen - rejected)),
-                1e-12, {
+def test_the_weight_of_some_pairs():
+    """Section 4. The weight is sigma(r^_l - r^_w), for 50 random pairs, to 1e-12."""
+    chosen, rejected = 2 * torch.randn(2, 50, dtype=torch.float64)
+
+    def sigma(x):
+        return 1 / (1 + torch.exp(-x))
+
+    want = sigma(rejected - chosen)
+    assert_same(dpo.gradient_weight(chosen, rejected), want, 1e-12, {
         "the sign is flipped. sigma(r^_l - r^_w) is large where the pair is ranked WRONGLY":
-            1 / (1 + torch.exp(rejected - chosen)),
+            sigma(chosen - rejected),
+        "this takes the absolute value of the margin. Its sign says whether the pair is ranked "
+        "rightly": [sigma((chosen - rejected).abs()), sigma(-(chosen - rejected).abs())],
         "this is the log of the weight": -softplus(chosen - rejected),
+        "this is the slope of sigma; wanted sigma itself": want * (1 - want),
+        "this is the loss; wanted the weight": softplus(rejected - chosen),
+        "the weight is negative. The minus sign of the gradient is not part of it": -want,
+        "every pair has the same weight": [torch.ones_like(want), 0.5 * torch.ones_like(want)],
+        "the rejected reward is missing": [sigma(-chosen), sigma(chosen)],
+        "the chosen reward is missing": [sigma(rejected), sigma(-rejected)],
+        "the rewards are added; wanted their difference": [sigma(rejected + chosen),
+                                                           sigma(-rejected - chosen)],
+        "it is a step from 0 to 1; wanted sigma": (rejected > chosen).double(),
+        "it is twice too large: a tie has the weight 1/2": 2 * want,
+        "this is tanh; wanted sigma": torch.tanh(rejected - chosen),
+        "sigma is missing. This is the margin": [rejected - chosen, chosen - rejected],
+        "sigma is of the difference, not a difference of sigmas":
+            [sigma(rejected) - sigma(chosen), sigma(chosen) - sigma(rejected)],
+        "this is the mean over the batch; wanted the weight of each pair, (B,)": want.mean(),
+        "this is the sum over the batch; wanted the weight of each pair, (B,)": want.sum(),
+        "beta is in the rewards already": [sigma(0.1 * (rejected - chosen)), 0.1 * want],
+        "this is a softmax over the batch; wanted sigma of each pair":
+            torch.softmax(rejected - chosen, -1),
     }, what="the weight")
 
 
 @grades("gradient_weight")
+@given(numbers(2, 30))
+def test_the_weight_is_sigma_of_rejected_minus_chosen(rewards):
+    """Section 4. The weight is near 1 where the implicit reward ranks the pair wrongly, and 1/2
+    where both rewards are equal. For all rewards, to 1e-12."""
+    chosen, rejected = rewards[:, None]
+    assert_same(dpo.gradient_weight(chosen, rejected), 1 / (1 + torch.exp(chosen - rejected)),
+                1e-12, what="the weight")
+
+
+@grades("gradient_weight")
 def test_the_weight_at_no_difference_and_at_extremes():
-    """The weight is 1/2 at the reference (claim 8). At margins of +-1e4 it is 0 and 1, not nan."""
-    chosen, rejected = vector(0, 3, 1e4, -1e4), vector(0, 3, 0, 0)
-    assert_same(dpo.gradient_weight(chosen, rejected), vector(0.5, 0.5, 0, 1), 1e-12,
-                what="the weight")
+    """The weight is 1/2 at the reference (claim 8). At margins of +-1e4 it is 0 and 1, and for two
+    equal rewards of +-1e4 it is 1/2, not nan."""
+    chosen, rejected = vector(0, 3, 1e4, -1e4, 1e4, -1e4), vector(0, 3, 0, 0, 1e4, -1e4)
+    got = dpo.gradient_weight(chosen, rejected)
+    if got.isnan().any():
+        raise Mistake("the weight of large rewards is nan. exp overflows, so subtract first")
+    assert_same(got, vector(0.5, 0.5, 0, 1, 0.5, 0.5), 1e-12, what="the weight")
 
 
 def pair_gradients(policy, batch):
@@ -586,26 +770,62 @@ def test_analytic_gradient_against_one_pair_at_a_time(tiny, beta):
     def mistake(weight, scale=1):
         return scale * weighted_gradient(*tiny, beta, weight)
 
-    added = 0.0
+    def one_side(which):
+        terms = []
+        for (w, grad_w, l, grad_l), rw, rl in pairs_with_reference(*tiny):
+            side = grad_w if which == 0 else -grad_l
+            terms.append(-beta * sigma(beta * (l - rl - w + rw)) * side)
+        return sum(terms) / 3
+
+    no_ref = tiny[1] | {key: torch.zeros(3).double() for key in tiny[1] if "ref" in key}
+    without_reference = weighted_gradient(tiny[0], no_ref, beta, lambda w, l: sigma(l - w))
+    added = through_the_weight = mean_weight = 0.0
     for (w, grad_w, l, grad_l), rw, rl in pairs_with_reference(*tiny):
-        added = added - beta * sigma(beta * (l - rl - w + rw)) * (grad_w + grad_l) / 3
+        weight = sigma(beta * (l - rl - w + rw))
+        mean_weight += weight / 3
+        added = added - beta * weight * (grad_w + grad_l) / 3
+        # d(weight (w - l)) = weight (dw - dl) - beta weight (1 - weight) (w - l) (dw - dl)
+        factor = weight - beta * weight * (1 - weight) * (w - l)
+        through_the_weight = through_the_weight - beta * factor * (grad_w - grad_l) / 3
 
     gradient = dpo.analytic_gradient(*tiny, beta)
-    assert gradient is not None, "analytic_gradient returned None: is a return missing?"
-    for part, p in zip(gradient, tiny[0].parameters(), strict=True):
-        assert part.shape == p.shape, (
-            "wanted a list of tensors, one for each parameter, in the order of "
-            "policy.parameters()")
+    shapes = [tuple(p.shape) for p in tiny[0].parameters()]
+    if not isinstance(gradient, list | tuple) or [tuple(g.shape) for g in gradient] != shapes:
+        raise Mistake("wanted a list of tensors, one for each parameter, in the order of "
+                      "policy.parameters()")
     want = weighted_gradient(*tiny, beta, lambda w, l: sigma(l - w))
     assert_same(torch.cat([g.flatten() for g in gradient]), want, 1e-12, {
         "the weight's sign is flipped. The weight is sigma(r^_l - r^_w), large for pairs that "
         "are ranked wrongly": mistake(lambda w, l: sigma(w - l)),
         "the weight is missing": mistake(lambda w, l: 1),
+        "the weight takes the absolute value of the margin":
+            [mistake(lambda w, l: sigma(abs(w - l))), mistake(lambda w, l: sigma(-abs(w - l)))],
+        "a detach is missing: the gradient flows through the weight too": through_the_weight,
+        "the gradient of the rejected response is missing. Is its log-probability detached?":
+            one_side(0),
+        "the gradient of the chosen response is missing. Is its log-probability detached?":
+            one_side(1),
         "the weight lacks beta. It is sigma of a difference of rewards, and a reward contains "
         "beta": mistake(lambda w, l: sigma((l - w) / beta)),
         "the factor beta is missing": mistake(lambda w, l: sigma(l - w), 1 / beta),
-        "the minus sign is missing. This vector points where the loss falls. The gradient "
-        "points where it grows":
+        "the factor beta is there twice": mistake(lambda w, l: sigma(l - w), beta),
+        "it is divided by beta; the factor is beta": mistake(lambda w, l: sigma(l - w), beta ** -2),
+        "the factor is 0.1 instead of beta": mistake(lambda w, l: sigma(l - w), 0.1 / beta),
+        "beta is hard-coded as 0.1":
+            mistake(lambda w, l: sigma((l - w) * 0.1 / beta), 0.1 / beta),
+        "the weight is there twice": mistake(lambda w, l: sigma(l - w) ** 2),
+        "the reference's sign is wrong in the weight": weighted_gradient(
+            tiny[0], tiny[1] | {key: -tiny[1][key] for key in tiny[1] if "ref" in key}, beta,
+            lambda w, l: sigma(l - w)),
+        "the mean weight multiplies the mean gradient; wanted the mean of their products":
+            mistake(lambda w, l: 1) * mean_weight,
+        "the weight contains beta twice. The rewards have it already":
+            mistake(lambda w, l: sigma(beta * (l - w))),
+        "the reference is ignored in the weight": without_reference,
+        "this is the mean over all 2B rows; wanted the mean over B pairs":
+            mistake(lambda w, l: sigma(l - w), 0.5),
+        "the minus sign is missing, or chosen and rejected are swapped. This vector points where "
+        "the loss falls":
             mistake(lambda w, l: sigma(l - w), -1),
         "this is a sum over pairs; wanted the mean": mistake(lambda w, l: sigma(l - w), 3),
         "the gradients of chosen and rejected are added; wanted their difference": added,
@@ -625,8 +845,7 @@ def test_analytic_gradient_is_autograd_of_the_loss(tiny):
     autograd = torch.autograd.grad(softplus(-beta * h).mean(), params)
     for ours, theirs in zip(dpo.analytic_gradient(policy, batch, beta), autograd, strict=True):
         assert theirs.abs().max() > 1e-6, "the gradient is zero: this comparison shows nothing"
-        assert_same(ours, theirs, 1e-9, {"this is a sum over pairs; wanted the mean": 3 * theirs},
-                    what="the gradient of a parameter")
+        assert_same(ours, theirs, 1e-9, what="the gradient of a parameter")
 
 
 @grades("analytic_gradient")
@@ -643,18 +862,36 @@ def test_any_module_that_maps_tokens_to_logits_will_do(tiny):
 def test_central_differences_of_a_cubic():
     """d(x^3)/dx = 3x^2, to 1e-8. The error of central differences is eps^2. The error of one-sided
     differences is eps."""
-    x = vector(1.0, -2.0, 0.5)
-    for eps in (1e-5, 1e-3):
-        right = 3 * x ** 2
+    for eps in (1e-3, 1e-5):
+        start, x = vector(1.0, -2.0, 0.5), vector(1.0, -2.0, 0.5)
+        right = 3 * start ** 2
         got = dpo.central_differences(lambda: (x ** 3).sum(), x, eps)
         assert_same(got, right + eps ** 2, 1e-9, {
             "the result is twice too large: divide (up - down) by 2 eps":
                 2 * right + 2 * eps ** 2,
+            "the result is half of it: divide (up - down) by 2 eps": (right + eps ** 2) / 2,
+            "the sign is flipped: (up - down), not (down - up)": -right - eps ** 2,
+            "the difference is not divided by 2 eps": 2 * eps * (right + eps ** 2),
+            "it is divided by eps once too often": (right + eps ** 2) / eps,
+            "it is multiplied by eps. (up - down) / 2 * eps is not (up - down) / (2 * eps)":
+                [eps * (right + eps ** 2) * factor for factor in (eps, 1)],
+            "these are one-sided differences, divided by 2 eps: move the entry both ways":
+                [(right + sign * 3 * start * eps + eps ** 2) / 2 for sign in (1, -1)],
+            "all are zero. Does f see both steps? They go into x itself, one up and one down":
+                torch.zeros(3).double(),
+            "the argument eps is ignored": right + 1e-10,
+            "one number for all entries: all of them move at once":
+                (right + eps ** 2).sum().expand(3),
+            "the first entry is left out": (right + eps ** 2) * vector(0, 1, 1),
+            "the last entry is left out": (right + eps ** 2) * vector(1, 1, 0),
+            "only the first entry is computed. Is the return inside the loop?":
+                (right + eps ** 2) * vector(1, 0, 0),
+            "the sign is lost": (right + eps ** 2).abs(),
             "these are one-sided differences: move the entry both ways":
-                right + 3 * x * eps + eps ** 2,
+                [right + sign * 3 * start * eps + eps ** 2 for sign in (1, -1)],
         }, what="the differences")
-        assert torch.equal(x, vector(1.0, -2.0, 0.5)), (
-            "x has changed: put every entry back as it was")
+        if not torch.equal(x, start):
+            raise Mistake("x has changed: put every entry back as it was")
     matrix = torch.randn(2, 3, dtype=torch.float64)
     assert_same(dpo.central_differences(lambda: (matrix ** 2).sum(), matrix), 2 * matrix, 1e-8,
                 what="the differences of a matrix")
@@ -673,11 +910,69 @@ def test_central_differences_of_a_parameter():
 
     assert_same(dpo.central_differences(f, x), 2 * x.detach(), 1e-8, what="the differences")
     moves = torch.stack(asked) - x.detach()
-    assert len(asked) == 4, (
-        f"f was evaluated {len(asked)} times; wanted 4 times, twice for each of the two entries")
     largest = moves.abs().max().item()
-    assert largest == pytest.approx(1e-5, rel=1e-6), (
-        f"an entry was moved by {largest:g}; wanted eps = 1e-5, both ways")
+    if largest != pytest.approx(1e-5, rel=1e-6):
+        raise Mistake(f"an entry was moved by {largest:g}; wanted eps = 1e-5, both ways")
+
+
+@grades("central_differences", cost=True)
+def test_central_differences_ask_twice_for_each_entry():
+    """f is evaluated twice for each entry of x, and not more often: f may be a whole model."""
+    x, asked = vector(0.5, -1.0), []
+
+    def f():
+        asked.append(1)
+        return (x ** 2).sum()
+
+    dpo.central_differences(f, x)
+    assert len(asked) == 4, f"f was evaluated {len(asked)} times, 4 are needed"
+
+
+@grades("gradient_check")
+def test_the_check_reports_the_size_of_the_gradient(tiny):
+    """The last column of the first rows by hand: beta sigma(r^_l - r^_w) / B, of the pair with the
+    largest weight."""
+    policy, batch = tiny
+    table = list(dpo.gradient_check(policy, batch, beta=0.7))
+    names = ["log pi(y_w|x)", "log pi(y_l|x)", "logits", *dict(policy.named_parameters())]
+    if [row[0] for row in table] != names:
+        raise Mistake(f"the rows must be named {', '.join(names)}; they are named "
+                      f"{', '.join(str(row[0]) for row in table)}")
+    if any(len(row) != 5 for row in table):
+        raise Mistake("a row has five entries: name, shape, error against autograd, error against "
+                      "differences, largest entry")
+    rows = {name: row for name, *row in table}
+    weights = []
+    for (w, _, l, _), rw, rl in pairs_with_reference(policy, batch):
+        weights.append(0.7 / (1 + math.exp(0.7 * (w - rw - l + rl))) / 3)
+    largest = vector(max(weights))[0]
+    def largest_with(weight):
+        of_pairs = [weight(w, l, rw, rl) for (w, _, l, _), rw, rl
+                    in pairs_with_reference(policy, batch)]
+        return vector(max(of_pairs))[0] * 0.7 / 3
+
+    def sigma(x):
+        return 1 / (1 + math.exp(-x))
+
+    for name in ("log pi(y_w|x)", "log pi(y_l|x)"):
+        assert_same(rows[name][3], largest, 1e-12, {
+            "beta is missing": largest / 0.7,
+            "this is a sum over pairs; wanted the mean": largest * 3,
+            "this is the mean over all 2B responses; wanted the mean over B pairs": largest / 2,
+            "the weight is missing": vector(0.7 / 3)[0],
+            "the weight's sign is flipped": largest_with(
+                lambda w, l, rw, rl: sigma(0.7 * (w - rw - l + rl))),
+            "the weight takes the absolute value of the margin": largest_with(
+                lambda w, l, rw, rl: sigma(-0.7 * abs(w - rw - l + rl))),
+            "the weight lacks beta": largest_with(lambda w, l, rw, rl: sigma(l - rl - w + rw)),
+            "the reference is ignored in the weight":
+                largest_with(lambda w, l, rw, rl: sigma(0.7 * (l - w))),
+            "the largest entry comes last": rows[name][1],
+        }, what=f"the largest entry for {name}")
+    gradient = weighted_gradient(policy, batch, 0.7, lambda w, l: 1 / (1 + math.exp(w - l)))
+    of_parameters = [row[3] for name, row in rows.items() if "log" not in name]
+    assert_same(max(of_parameters), gradient.abs().max(), 1e-12,
+                what="the largest entry for a parameter")
 
 
 @grades("gradient_check")
@@ -696,34 +991,12 @@ def test_the_check_agrees_at_every_level(tiny):
     for name, shape, autograd, differences, largest in rows:
         assert shape == wanted[name], f"{name}: the shape is {shape}; wanted {wanted[name]}"
         assert autograd <= 1e-9, (
-            f"{name}: autograd disagrees by {autograd:.1e}. The gradient is -beta times the "
-            "weight sigma(r_l - r_w). Is a sign wrong, or is beta missing?")
+            f"{name}: the analytic gradient and autograd differ by {autograd:.1e}; the largest "
+            f"entry is {largest:.1e}. Is a sign wrong, is beta missing, or is it a sum over pairs?")
         assert differences <= 1e-6, (
-            f"{name}: autograd agrees, but differences disagree by {differences:.1e}. Is it "
-            "another loss?")
+            f"{name}: autograd agrees, but differences disagree by {differences:.1e}")
         assert largest > 1e-6, (
             f"{name}: the largest entry is {largest:.1e}, but the gradient is not zero here")
-
-
-@grades("gradient_check")
-def test_the_check_reports_the_size_of_the_gradient(tiny):
-    """The last column of the first rows by hand: beta sigma(r^_l - r^_w) / B, of the pair with the
-    largest weight."""
-    policy, batch = tiny
-    rows = {name: row for name, *row in dpo.gradient_check(policy, batch, beta=0.7)}
-    weights = []
-    for (w, _, l, _), rw, rl in pairs_with_reference(policy, batch):
-        weights.append(0.7 / (1 + math.exp(0.7 * (w - rw - l + rl))) / 3)
-    largest = vector(max(weights))[0]
-    for name in ("log pi(y_w|x)", "log pi(y_l|x)"):
-        assert_same(rows[name][3], largest, 1e-12, {
-            "beta is missing": largest / 0.7,
-            "this is a sum over pairs; wanted the mean": largest * 3,
-        }, what=f"the largest entry for {name}")
-    gradient = weighted_gradient(policy, batch, 0.7, lambda w, l: 1 / (1 + math.exp(w - l)))
-    of_parameters = [row[3] for name, row in rows.items() if "log" not in name]
-    assert_same(max(of_parameters), gradient.abs().max(), 1e-12,
-                what="the largest entry for a parameter")
 
 
 @grades("gradient_check")
@@ -733,28 +1006,41 @@ def test_the_check_notices_a_gradient_that_lies(tiny):
     Autograd and the analytic form both rest on the backward pass, so they agree. Only the
     differences show that it is wrong. The check must report them as apart.
     """
-    class Doubled(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return 2 * grad
-
     class Liar(Bare):
         def forward(self, tokens):
-            return Doubled.apply(self.gpt(tokens))
+            logits = self.gpt(tokens)
+            return 2 * logits - logits.detach()  # the value of logits, with twice the gradient
 
     rows = list(dpo.gradient_check(Liar(tiny[0]), tiny[1], beta=0.7))
     autograd = max(row[2] for row in rows)
     assert autograd <= 1e-9, (
-        f"autograd is reported as off by {autograd:.1e}, but here it must agree with the "
+        f"autograd is reported as off by {autograd:.1e}, but for this model it agrees with the "
         "analytic gradient")
-    differences = max(row[3] for row in rows[3:])
-    assert differences > 1e-3, (
-        f"the differences are reported as off by {differences:.1e}, but the gradient is twice "
-        "too large")
+    for name, _, _, differences, largest in rows[3:]:
+        assert differences == pytest.approx(largest / 2, rel=1e-5, abs=1e-6), (
+            f"{name}: the error against differences is reported as {differences:.2e}. But the "
+            f"gradient of this model is twice too large, so the largest error is {largest / 2:.2e}")
+
+
+@grades("gradient_check")
+def test_the_check_notices_an_analytic_gradient_of_zeros(tiny):
+    """Then the error against autograd is the largest entry of autograd's gradient. A gradient_check
+    that does not call a function analytic_gradient is let off."""
+    calls, held_in = [], getattr(inspect.unwrap(dpo.gradient_check), "__globals__", {})
+    right = {row[0]: row[4] for row in dpo.gradient_check(*tiny, beta=0.7)}
+
+    def zeros(policy, batch, beta):
+        calls.append(1)
+        return [torch.zeros_like(p) for p in policy.parameters()]
+
+    with pytest.MonkeyPatch.context() as patch:
+        if "analytic_gradient" in held_in:
+            patch.setitem(held_in, "analytic_gradient", zeros)
+        rows = list(dpo.gradient_check(*tiny, beta=0.7))
+    for name, _, autograd, _, largest in rows[3:]:
+        assert not calls or autograd == pytest.approx(right[name], rel=1e-6, abs=1e-9), (
+            f"{name}: analytic_gradient gave zeros, and the error against autograd is reported as "
+            f"{autograd:.1e}; wanted {right[name]:.1e}")
 
 
 def flipped_weight(chosen_rewards, rejected_rewards):

@@ -17,7 +17,7 @@ import dpo
 import losses
 import world
 from lab import tabular
-from tools import assert_same, betas, grades, vector, worlds
+from tools import Mistake, assert_same, betas, grades, vector, worlds
 
 V, T = 3, 3
 
@@ -232,6 +232,65 @@ def missing_mass_of_each(logps, ref):
 
 
 @grades("missing_mass")
+def test_missing_mass_is_the_mean_of_ratios():
+    """Over a batch it is 1 - mean(pi/ref). It is not exp of a mean, and not pi alone."""
+    pi, ref = vector(0.5, 0.1, 0.3), vector(0.25, 0.4, 0.2)
+    ratio = pi / ref
+    assert_same(losses.missing_mass(pi.log(), ref.log()), 1 - ratio.mean(), 1e-12, {
+        "1 - is missing. This is the mass that is still on the reference's text": ratio.mean(),
+        "the sign is flipped, or an absolute value is taken: 1 minus the mean":
+            ratio.mean() - 1,
+        "this is exp of the mean; wanted the mean of exp": 1 - ratio.log().mean().exp(),
+        "this is a sum; wanted the mean": 1 - ratio.sum(),
+        "the ratio is upside down; wanted pi/ref": 1 - (1 / ratio).mean(),
+        "this is the ratio of means; wanted the mean of ratios": 1 - pi.mean() / ref.mean(),
+        "exp is missing. This is the mean of the log-ratios":
+            [1 - ratio.log().mean(), ratio.log().mean(), -ratio.log().mean()],
+        "the reference is ignored; wanted pi/ref": 1 - pi.mean(),
+        "this is one number for each response; wanted their mean, a scalar": 1 - ratio,
+        "this is a difference of probabilities; wanted pi/ref":
+            [1 - (pi - ref).mean(), (ref - pi).mean(), (ref - pi).sum()],
+        "ratios above 1 are cut off": 1 - ratio.clamp(max=1).mean(),
+        "this is the logarithm of the mass": [-ratio.mean().log(), ratio.mean().log()],
+        "this is the median; wanted the mean": 1 - ratio.median(),
+        "it is added to 1; wanted 1 minus the mean": 1 + ratio.mean(),
+        "the reference's sign is wrong; wanted pi/ref": 1 - (pi * ref).mean(),
+        "this is the sum over the batch; wanted the mean": (1 - ratio).sum(),
+        "this is a quotient of logarithms; pi/ref is exp of their difference":
+            1 - (pi.log() / ref.log()).mean(),
+        "a negative estimate is cut off at 0. Then it is not unbiased": (1 - ratio).clamp(0).mean(),
+    }, what="missing_mass")
+
+
+@grades("missing_mass")
+def test_a_batch_without_missing_mass_may_have_a_negative_estimate():
+    """The estimate is unbiased, so it is negative for some batches. It is not cut off at 0."""
+    positive = losses.missing_mass(vector(0.1, 0.2).log(), vector(0.5, 0.4).log())
+    assert_same(positive, vector(0.65)[0], 1e-12, what="missing_mass")
+    long = losses.missing_mass(vector(-2000.0, -2001.0), vector(-2000.0, -2000.0))
+    long = torch.as_tensor(long)
+    if not long.isfinite():
+        raise Mistake(f"missing_mass of long responses is {long.item()}. exp of a log-probability "
+                      "underflows: subtract first, and take exp of the difference")
+    got = losses.missing_mass(vector(0.9, 0.8).log(), vector(0.3, 0.4).log())
+    assert_same(got, vector(-1.5)[0], 1e-12, {
+        "a negative estimate is cut off at 0. Then it is not unbiased": vector(0.0)[0]},
+        what="missing_mass")
+
+
+@grades("missing_mass")
+def test_missing_mass_can_be_trained():
+    """The gradient at log pi is -(pi/ref)/B, to 1e-12."""
+    logps = vector(0.5, 0.1).log().requires_grad_()
+    mass = losses.missing_mass(logps, vector(0.25, 0.4).log())
+    if not torch.is_tensor(mass) or not mass.requires_grad:
+        raise Mistake("missing_mass carries no gradient to the policy: it could not be a term of "
+                      "the loss. Is there a detach or an item() too many?")
+    slope = torch.autograd.grad(mass, logps)[0]
+    assert_same(slope, vector(-1.0, -0.125), 1e-12, what="the gradient of missing_mass")
+
+
+@grades("missing_mass")
 @given(st.integers(0, 10 ** 6))
 def test_missing_mass_is_unbiased(seed):
     """Eq. 9. Of 5 responses, ref writes 4. E_{y ~ ref}[1 - pi/ref] is the mass of the fifth.
@@ -245,21 +304,7 @@ def test_missing_mass_is_unbiased(seed):
     assert estimates.shape == (4,), (
         f"missing_mass must return a scalar; it returned the shape {tuple(estimates.shape[1:])}")
     fifth = logps[4].exp()
-    assert_same((ref * estimates).sum(), fifth, 1e-10, {
-        "1 - is missing. This is the mass that is still on ref's responses": 1 - fifth},
-        what="E_ref[missing_mass]")
-
-
-@grades("missing_mass")
-def test_missing_mass_is_the_mean_of_ratios():
-    """Over a batch it is 1 - mean(pi/ref). It is not exp of a mean, and not pi alone."""
-    got = losses.missing_mass(vector(0.5, 0.1).log(), vector(0.25, 0.4).log())
-    assert_same(got, vector(1 - (2 + 0.25) / 2)[0], 1e-12, {
-        "this is exp of the mean; wanted the mean of exp": vector(1 - 0.5 ** 0.5)[0],
-        "this is a sum; wanted the mean": vector(1 - 2.25)[0],
-        "the ratio is upside down; wanted pi/ref": vector(1 - (0.5 + 4) / 2)[0],
-        "this is the ratio of means; wanted the mean of ratios": vector(1 - 0.6 / 0.65)[0],
-    }, what="missing_mass")
+    assert_same((ref * estimates).sum(), fifth, 1e-10, what="E_ref[missing_mass]")
 
 
 @grades("missing_mass")

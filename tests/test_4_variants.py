@@ -13,7 +13,22 @@ import dpo
 import losses
 import world
 from lab import tabular
-from tools import assert_same, betas, grades, numbers, softplus, vector, worlds
+from test_2_loss_and_gradient import (
+    check_detached,
+    check_rewards,
+    check_slope,
+    check_wide_margin,
+)
+from tools import (
+    assert_same,
+    betas,
+    grades,
+    message_of_refusal,
+    numbers,
+    softplus,
+    vector,
+    worlds,
+)
 
 # name in losses.LOSSES -> name of the function
 FUNCTIONS = {"sigmoid": "dpo_loss", "cdpo": "cdpo_loss", "robust": "robust_loss",
@@ -26,9 +41,9 @@ def loss_named(name):
     return dpo.dpo_loss if name == "sigmoid" else getattr(losses, FUNCTIONS[name])
 
 
-def for_each(names):
+def for_each(names, **kind):
     """Parametrises a test by the names of losses. Each case is a proof that grades its function."""
-    cases = [pytest.param(name, marks=grades(FUNCTIONS[name])) for name in names]
+    cases = [pytest.param(name, marks=grades(FUNCTIONS[name], **kind)) for name in names]
     return pytest.mark.parametrize("name", cases)
 
 
@@ -61,61 +76,158 @@ def smoothing(name, eps):
 
 # ---- The losses and their names
 
+def variant_mistakes(name, h, beta, eps):
+    """What is often written instead of a variant, and the value that it gives, h (B,)."""
+    right, flipped = softplus(-beta * h), softplus(beta * h)  # -log sigma(beta h), and of -beta h
+    want = formula(name, h, beta, eps)
+    every = {
+        "beta is hard-coded as 0.1": formula(name, h, 0.1, eps),
+        "this takes the absolute value of h": formula(name, h.abs(), beta, eps),
+        "this is the mean; wanted the loss of each pair, (B,)": want.mean(),
+        "this is the sum; wanted the loss of each pair, (B,)": want.sum(),
+        "each loss is divided by the number of pairs; the caller takes the mean": want / len(h),
+        "the absolute value of the loss is taken": want.abs(),
+    }
+    if name == "ipo":
+        return every | {
+            "the target is 1/(2 tau), not 1/tau": (h - 1 / beta) ** 2,
+            "the target is 1/(2 tau). You have tau/2 or 2 tau: divide by both":
+                [(h - beta / 2) ** 2, (h - 2 * beta) ** 2],
+            "the target is 1/(2 tau). You have tau": (h - beta) ** 2,
+            "the target is 1/(2 tau). Yours has no tau": [(h - 0.5) ** 2, (h - 1) ** 2],
+            "h is multiplied by beta. IPO has no beta there: (h - 1/(2 tau))^2":
+                [(beta * h - 1 / (2 * beta)) ** 2, (beta * h - 1 / 2) ** 2],
+            "the target 1/(2 tau) is missing": h ** 2,
+            "this is the absolute value. IPO squares": (h - 1 / (2 * beta)).abs(),
+            "the square is missing": h - 1 / (2 * beta),
+            "brackets are missing: only h is squared": h ** 2 - 1 / (2 * beta),
+            "the target is 1/(2 tau), not 1/(2 tau^2)": (h - 1 / (2 * beta ** 2)) ** 2,
+            "the target is added; IPO subtracts it, or chosen and rejected are swapped":
+                (h + 1 / (2 * beta)) ** 2,
+            "the square is halved": want / 2,
+            "the square is multiplied by beta": [beta * want, beta ** 2 * want],
+        }
+    if name == "hinge":
+        return every | {
+            "beta is missing in the hinge": (1 - h).clamp(min=0),
+            "beta stands outside. The hinge is max(0, 1 - beta h)": beta * (1 - h).clamp(min=0),
+            "h is divided by beta. The hinge is max(0, 1 - beta h)": (1 - h / beta).clamp(min=0),
+            "beta is there twice": (1 - beta ** 2 * h).clamp(min=0),
+            "the hinge is divided by beta. It is max(0, 1 - beta h)": (1 / beta - h).clamp(min=0),
+            "the hinge is mirrored: it must be large where the pair is ranked wrongly":
+                (beta * h - 1).clamp(min=0),
+            "the margin is beta here. The hinge is max(0, 1 - beta h)": (beta - h).clamp(min=0),
+            "the hinge is not cut off at 0": 1 - beta * h,
+            "the 1 is missing. The hinge is max(0, 1 - beta h)": (-beta * h).clamp(min=0),
+            "the hinge is squared": want ** 2,
+            "this is the absolute value; the hinge is 0 from 1/beta on": (1 - beta * h).abs(),
+            "this is a soft hinge, which never stops": softplus(1 - beta * h),
+            "the hinge is cut off on the wrong side: max, not min": (1 - beta * h).clamp(max=0),
+            "the sign of h is flipped, or chosen and rejected are swapped":
+                (1 + beta * h).clamp(min=0),
+        }
+    every |= {
+        "beta is missing": formula(name, h / beta, beta, eps),
+        "beta is there twice": formula(name, beta * h, beta, eps),
+        "beta stands outside sigma": beta * formula(name, h / beta, beta, eps),
+        "the sign of the loss is flipped. log sigma is negative": -want,
+        "label_smoothing is hard-coded as 0.1": formula(name, h, beta, 0.1),
+        "label_smoothing is halved": formula(name, h, beta, eps / 2),
+        "the sign of label_smoothing is wrong": formula(name, h, beta, -eps),
+    }
+    if name == "sigmoid":
+        return every
+    every["this is the DPO loss. Is label_smoothing ignored, or the flipped term not flipped?"] = (
+        right)
+    if name == "cdpo":
+        return every | {
+            "the flipped term is subtracted; cDPO adds it": (1 - eps) * right - eps * flipped,
+            "this is robust DPO. cDPO adds eps times the flipped loss and does not divide":
+                formula("robust", h, beta, eps),
+            "eps and 1 - eps are swapped, or chosen and rejected":
+                eps * right + (1 - eps) * flipped,
+            "the flipped term is missing": (1 - eps) * right,
+            "beta is missing in the flipped term": (1 - eps) * right + eps * softplus(h),
+            "the factor 1 - eps is missing": right + eps * flipped,
+            "the factor eps is missing": (1 - eps) * right + flipped,
+        }
+    return every | {
+        "the factor 1/(1 - 2 eps) is missing": want * (1 - 2 * eps),
+        "the loss is multiplied by 1 - 2 eps; divide by it": want * (1 - 2 * eps) ** 2,
+        "the loss is divided by 1 + 2 eps; wanted 1 - 2 eps":
+            want * (1 - 2 * eps) / (1 + 2 * eps),
+        "brackets are missing: only the flipped term is divided by 1 - 2 eps":
+            (1 - eps) * right - eps * flipped / (1 - 2 * eps),
+        "the factor 1 - eps is missing": (right - eps * flipped) / (1 - 2 * eps),
+        "beta is missing in the flipped term":
+            ((1 - eps) * right - eps * softplus(h)) / (1 - 2 * eps),
+        "the flipped term is missing": (1 - eps) * right / (1 - 2 * eps),
+        "negative losses are cut off at 0. Then the loss is not unbiased": want.clamp(min=0),
+        "the loss is divided by 1 - eps; wanted 1 - 2 eps": want * (1 - 2 * eps) / (1 - eps),
+        "this is cDPO. Robust DPO subtracts eps times the flipped loss and divides by 1 - 2 eps":
+            formula("cdpo", h, beta, eps),
+        "the flipped term is added; robust DPO subtracts it":
+            formula("cdpo", h, beta, eps) / (1 - 2 * eps),
+        "eps and 1 - eps are swapped":
+            [(eps * right - (1 - eps) * flipped) / (1 - 2 * eps),
+             eps * right - (1 - eps) * flipped],
+        "chosen and rejected are swapped, or the sign of h is flipped":
+            ((1 - eps) * flipped - eps * right) / (1 - 2 * eps),
+    }
+
+
+@for_each(FUNCTIONS)
+@pytest.mark.parametrize("beta, eps", [(0.3, 0.24), (1.7, 0.35)])
+def test_every_variant_on_some_pairs(name, beta, eps):
+    """50 random pairs, compared with the formula of the paper, to 1e-12."""
+    w, l, rw, rl = 2 * torch.randn(4, 50, dtype=torch.float64)
+    got = loss_named(name)(w, l, rw, rl, beta=beta, **smoothing(name, eps))[0]
+    h = (w - l) - (rw - rl)
+    assert_same(got, formula(name, h, beta, eps), 1e-12, {
+        "the reference is ignored": formula(name, w - l, beta, eps),
+        "the reference's log-ratio has the wrong sign":
+            formula(name, (w - l) + (rw - rl), beta, eps),
+    } | variant_mistakes(name, h, beta, eps), what=f"the {name} loss")
+
+
 @for_each(FUNCTIONS)
 @given(numbers(3, 40), st.floats(-2, 1).map(lambda e: 10 ** e), st.floats(0, 0.45))
 def test_every_variant_is_its_papers_formula(name, h, beta, eps):
     """For every h, every beta and every share eps of flipped labels."""
-    want = formula(name, h, beta, eps)
-    title, this_is_dpo = f"the {name} loss at beta = {beta:g}", "this is the DPO loss"
+    title = f"the {name} loss at beta = {beta:g}"
     if name in SMOOTHED:
         title += f", label_smoothing = {eps:g}"
-        this_is_dpo = "label_smoothing is ignored: this is the DPO loss"
-    assert_same(losses_at(name, h, beta, **smoothing(name, eps)), want, 1e-10, {
-        this_is_dpo: formula("sigmoid", h, beta),
-        "the factor 1/(1 - 2 eps) is missing": want * (1 - 2 * eps),
-        "this is cDPO. Robust DPO subtracts eps times the flipped loss and divides by 1 - 2 eps":
-            formula("cdpo", h, beta, eps),
-        "this is robust DPO. cDPO adds eps times the flipped loss and does not divide":
-            formula("robust", h, beta, eps),
-        "eps and 1 - eps are swapped": eps * softplus(-beta * h) + (1 - eps) * softplus(beta * h),
-        "the target is 1/(2 tau), not 1/tau": (h - 1 / beta) ** 2,
-        "h is multiplied by beta. IPO has no beta there: (h - 1/(2 tau))^2":
-            (beta * h - 1 / (2 * beta)) ** 2,
-        "this is the absolute value. IPO squares": (h - 1 / (2 * beta)).abs(),
-        "beta is missing in the hinge": (1 - h).clamp(min=0),
-        "the hinge is not cut off at 0": 1 - beta * h,
-    }, what=title)
+    assert_same(losses_at(name, h, beta, **smoothing(name, eps)), formula(name, h, beta, eps),
+                1e-10, what=title)
 
 
 @for_each(FUNCTIONS)
 def test_the_variants_differ_and_share_their_rewards(name):
     """A loss that is secretly another one shows here. The rewards are beta log(pi/ref) for every
     loss."""
-    w, l, rw, rl = four = torch.randn(4, 20, dtype=torch.float64)
-    got, chosen, rejected = loss_named(name)(*four, beta=0.3)
+    w, l, rw, rl = logps = list(5 * torch.randn(4, 20, dtype=torch.float64))
+    got, chosen, rejected = loss_named(name)(*logps, beta=0.3)
     for other in FUNCTIONS:
         if other != name:
             difference = (got - formula(other, (w - l) - (rw - rl), 0.3)).abs().max()
             assert difference > 1e-3, f"{FUNCTIONS[name]} gives the losses of {FUNCTIONS[other]}"
-    assert_same(chosen, 0.3 * (w - rw), 1e-12,
-                {"this is the reward without beta": w - rw}, what="the chosen reward")
-    assert_same(rejected, 0.3 * (l - rl), 1e-12,
-                {"this is the reward without beta": l - rl}, what="the rejected reward")
+    check_rewards(chosen, rejected, logps, 0.3)
 
 
 @for_each(FUNCTIONS)
 def test_every_variant_trains_the_policy_and_not_through_the_rewards(name):
-    """The losses carry a gradient to the policy. The rewards carry none: they are for looking
-    at."""
+    """The gradient of each loss at both log-probabilities is dL/dh, by hand, and its opposite
+    (1e-12). The rewards carry none: they are for looking at."""
     w, l, rw, rl = torch.randn(4, 5, dtype=torch.float64)
+    beta, eps, h = 0.3, 0.1, (w - l) - (rw - rl)
+    right, flipped = -beta * torch.sigmoid(-beta * h), beta * torch.sigmoid(beta * h)
+    slope = {"sigmoid": right, "cdpo": (1 - eps) * right + eps * flipped,
+             "robust": ((1 - eps) * right - eps * flipped) / (1 - 2 * eps),
+             "ipo": 2 * (h - 1 / (2 * beta)), "hinge": -beta * (beta * h < 1).double()}[name]
     w, l = w.requires_grad_(), l.requires_grad_()
-    got, chosen, rejected = loss_named(name)(w, l, rw, rl, beta=0.3)
-    assert got.requires_grad, "the loss carries no gradient: it is cut off from the policy"
-    grad_w, grad_l = torch.autograd.grad(got.sum(), (w, l))
-    assert grad_w.any(), "the loss has no gradient at log pi(y_w)"
-    assert_same(grad_l, -grad_w, 1e-12, what="dL/dlog pi(y_l), compared with -dL/dlog pi(y_w),")
-    assert not chosen.requires_grad and not rejected.requires_grad, (
-        "the rewards carry a gradient: detach them")
+    got = loss_named(name)(w, l, rw, rl, beta=beta)[0]
+    check_slope(got, w, l, slope, what=f"the {name} loss")
+    check_detached(lambda *logps: loss_named(name)(*logps, beta=beta)[1:])
 
 
 def test_every_loss_stands_under_its_name():
@@ -168,36 +280,33 @@ def test_label_smoothing_is_taken_where_it_has_a_meaning():
     assert set(takes) == set(losses.SMOOTHED) and set(SMOOTHED) <= set(takes)
 
 
-@pytest.mark.parametrize("name", [pytest.param("sigmoid"),
-                                  pytest.param("ipo", marks=grades("ipo_loss")),
-                                  pytest.param("hinge", marks=grades("hinge_loss"))])
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in SMOOTHED])
 def test_label_smoothing_is_refused_where_it_means_nothing(name):
     """These losses have no formula with flipped labels. An option that is accepted and ignored
     would be worse than an error."""
     losses_at(name, 1.0, 0.3)  # without the option it is a loss
-    try:
+    with pytest.raises(TypeError, match="label_smoothing"):
         losses_at(name, 1.0, 0.3, label_smoothing=0.1)
-        refused = False
-    except (TypeError, ValueError):
-        refused = True
-    assert refused, (f"{FUNCTIONS[name]} accepts label_smoothing; wanted an error, because it has "
-                     "no meaning for this loss")
 
 
-@for_each(SMOOTHED)
+def refusal_of_smoothing(name, eps):
+    zeros = torch.zeros(4, 1, dtype=torch.float64)
+    return message_of_refusal(loss_named(name), *zeros, beta=0.3, label_smoothing=eps)
+
+
+@for_each(SMOOTHED, guard="label_smoothing outside [0, 0.5)")
 @pytest.mark.parametrize("eps", [0.5, -0.1, 0.7, math.nan])
 def test_label_smoothing_outside_its_range_is_refused(name, eps):
     """It is the share of flipped labels, in [0, 0.5). At one half the labels say nothing. A
-    ValueError names the value."""
-    try:
-        losses_at(name, 1.0, 0.3, label_smoothing=eps)
-    except ValueError as error:
-        assert f"label_smoothing={eps}" in str(error), (
-            f"the message must name the value. It is {str(error)!r} and does not contain "
-            f"'label_smoothing={eps}'")
-    else:
-        raise AssertionError(f"label_smoothing={eps} is accepted; wanted a ValueError that names "
-                             "the value")
+    ValueError is raised."""
+    refusal_of_smoothing(name, eps)
+
+
+@pytest.mark.parametrize("name", SMOOTHED)
+@pytest.mark.parametrize("eps", [0.5, -0.1, 0.7, math.nan])
+def test_the_refusal_of_label_smoothing_names_the_value(name, eps):
+    """The message of the project's own ValueError."""
+    assert f"label_smoothing={eps}" in refusal_of_smoothing(name, eps)
 
 
 @for_each(FUNCTIONS)
@@ -206,7 +315,19 @@ def test_without_options_beta_and_label_smoothing_are_one_tenth(name):
     h = torch.randn(20, dtype=torch.float64)
     zero = torch.zeros_like(h)
     got = loss_named(name)(h, zero, zero, zero)[0]
-    assert_same(got, formula(name, h, 0.1, 0.1), 1e-12, what=f"the {name} loss without options")
+    others = [formula(name, h, beta, 0.1) for beta in (1, 0.5, 0.05, 0.01, 0.2)]
+    assert_same(got, formula(name, h, 0.1, 0.1), 1e-12, {
+        "without options, beta is 0.1. Yours has another default": others,
+    }, what=f"the {name} loss without options")
+
+
+@for_each(["cdpo", "robust", "hinge"])
+def test_the_variants_of_a_pair_that_is_ranked_wrongly_by_far(name):
+    """beta h = -1000 in float32, eps = 1/4: the loss is finite, and right to 1e-6."""
+    def loss(*logps, beta):
+        return loss_named(name)(*logps, beta=beta, **smoothing(name, 0.25))
+
+    check_wide_margin(loss, lambda h: formula(name, h, 0.5, 0.25))
 
 
 @for_each(["cdpo", "robust", "hinge"])
@@ -219,9 +340,6 @@ def test_the_variants_are_finite_and_right_at_extreme_margins(name, dtype, toler
     x = torch.tensor([h], dtype=dtype, requires_grad=True)
     zero = torch.zeros(1, dtype=dtype)
     got = loss_named(name)(x, zero, zero, zero, beta=beta, **smoothing(name, 0.25))[0]
-    assert got.isfinite().all(), (
-        f"the loss at beta h = {beta * h:g} is {got.item()}: log(sigmoid(x)) underflows, "
-        "logsigmoid does not")
     want = formula(name, x.detach().double(), beta, 0.25)
     assert_same(got.detach().double(), want, tolerance, what=f"the {name} loss at h = {h:g}")
     slope = torch.autograd.grad(got.sum(), x)[0]
@@ -244,12 +362,11 @@ def test_ipo_reaches_its_margin_and_stops(tau):
         logps = torch.log_softmax(theta, -1)
         return losses.ipo_loss(logps[:1], logps[1:2], ref[:1], ref[1:2], beta=tau)[0].sum()
 
-    for time in (0.2, 8.0):
-        theta = tabular.gradient_flow(loss, ref, time, steps=1000)
+    for time, steps in ((0.2, 50), (8.0, 400)):
+        theta = tabular.gradient_flow(loss, ref, time, steps=steps)
         h = (theta[0] - theta[1]) - (ref[0] - ref[1])
         want = vector((1 - math.exp(-4 * time)) / (2 * tau))[0]
-        assert_same(h, want, 1e-8, {"it goes to 1/tau, twice too far": 2 * want},
-                    what=f"h at time {time}")
+        assert_same(h, want, 1e-8, what=f"h at time {time}")
 
 
 @grades("ipo_loss")
@@ -365,9 +482,7 @@ def test_conservative_dpo_stops_at_the_noises_log_odds(eps, beta):
     h = vector(stop, 0.8 * stop - 0.1, 1.2 * stop + 0.1).requires_grad_()
     at_h = losses_at("cdpo", h, beta, label_smoothing=eps)
     slope = torch.autograd.grad(at_h.sum(), h)[0]
-    assert_same(slope[0], vector(0.0)[0], 1e-12,
-                {"label_smoothing is ignored": vector(-beta * eps)[0]},
-                what="the slope at the stop")
+    assert_same(slope[0], vector(0.0)[0], 1e-12, what="the slope at the stop")
     assert slope[1] < 0 < slope[2], "the stop must be the minimum"
 
 
@@ -384,9 +499,8 @@ def test_robust_dpo_is_unbiased_under_flipped_labels(h, eps, beta):
             + eps * losses_at("robust", -h, beta, label_smoothing=eps))
     mean_of_cdpo = ((1 - eps) * formula("cdpo", h, beta, eps)
                     + eps * formula("cdpo", -h, beta, eps))
-    assert_same(mean, clean, 1e-10 / (1 - 2 * eps), {
-        "this is cDPO, which is not unbiased": mean_of_cdpo},
-        what="the mean of robust DPO over flipped labels")
+    assert_same(mean, clean, 1e-10 / (1 - 2 * eps),
+                what="the mean of robust DPO over flipped labels")
     if eps > 0.05 and (beta * h).abs().max() > 0.1:
         assert (mean_of_cdpo - clean).abs().max() > 1e-6, "here cDPO would be unbiased too"
 
@@ -403,8 +517,7 @@ def test_conservative_dpo_is_biased_under_flipped_labels():
             + eps * losses_at("cdpo", -h, beta, label_smoothing=eps))
     bias = mean - softplus(-beta * h)
     # with L(-h) = L(h) + beta h: the flipped share is 2 eps (1 - eps), and each flip costs beta h
-    assert_same(bias, 2 * eps * (1 - eps) * beta * h, 1e-12,
-                {"this is robust DPO, which is unbiased": torch.zeros_like(h)}, what="the bias")
+    assert_same(bias, 2 * eps * (1 - eps) * beta * h, 1e-12, what="the bias")
 
 
 @grades("hinge_loss")
@@ -413,9 +526,7 @@ def test_the_hinge_stops_at_the_margin_one_over_beta(beta):
     """Its slope is -beta up to h = 1/beta, and 0 from there on."""
     h = vector(-3, 0, 0.99 / beta, 1.01 / beta, 10 / beta).requires_grad_()
     slope = torch.autograd.grad(losses_at("hinge", h, beta).sum(), h)[0]
-    assert_same(slope, vector(-beta, -beta, -beta, 0, 0), 1e-12, {
-        "the hinge is not cut off at 0": torch.full_like(slope, -beta),
-        "beta is missing in the hinge": -(h.detach() < 1).double()}, what="the slope of the hinge")
+    assert_same(slope, vector(-beta, -beta, -beta, 0, 0), 1e-12, what="the slope of the hinge")
 
 
 # ---- Numbers that were computed elsewhere. The tolerance is half a unit of their last digit.
@@ -427,10 +538,8 @@ def test_oracle_three_pairs():
     rw, rl = vector(-.5, -10.1, -.1), vector(-.1, -20.1, -.1)
     got, chosen, rejected = dpo.dpo_loss(w, l, rw, rl, beta=0.1)
     assert_same(got, vector(.693147, .313262, .126928), 5e-7, what="the losses")
-    assert_same(chosen, vector(0, .01, -.09), 1e-12, {
-        "these are rewards without beta": vector(0, .1, -.9)}, what="the chosen rewards")
-    assert_same(rejected, vector(0, -.99, -2.09), 1e-12, {
-        "these are rewards without beta": vector(0, -9.9, -20.9)}, what="the rejected rewards")
+    assert_same(chosen, vector(0, .01, -.09), 1e-12, what="the chosen rewards")
+    assert_same(rejected, vector(0, -.99, -2.09), 1e-12, what="the rejected rewards")
 
 
 @grades("hinge_loss")
@@ -470,8 +579,4 @@ def test_oracle_mean_of_two():
 def test_oracle_label_smoothing(name, loss):
     """beta h = 1, eps = 0.1: cDPO .413262, robust DPO .188262."""
     got = losses_at(name, 1.0, 1.0, label_smoothing=0.1)
-    assert_same(got, vector(loss), 5e-7, {
-        "label_smoothing is ignored": vector(.313262),
-        "this is cDPO": vector(.413262),
-        "this is robust DPO": vector(.188262),
-        "the factor 1/(1 - 2 eps) is missing": vector(.15061)}, what=f"the {name} loss")
+    assert_same(got, vector(loss), 5e-7, what=f"the {name} loss")

@@ -145,7 +145,7 @@ def test_the_output_in_the_page_is_that_of_the_command():
 def test_the_altered_claim_fails_and_the_proof_says_why():
     status, printed = run("--claim", "3", "--altered")
     assert status == 1
-    assert "    old  vector(beta)\n    new  vector(1 / beta)\n  >>> dE[r]/dKL is 0.3" in printed
+    assert "    old  vector(beta)\n    new  vector(1 / beta)\n  >>> dE[r]/dKL: got 0.3" in printed
     assert printed.endswith("1 of 1 alterations of claim 3 are refuted.")
 
 
@@ -155,7 +155,7 @@ def test_a_proof_that_fails_says_why():
     with changes.in_effect(alteration):
         status, printed = run("--claim", "3")
     assert status == 1 and "FAILS: test_along_the_frontier" in printed
-    assert ">>> dE[r]/dKL is 0.3" in printed and "0 of 1 proofs of claim 3 hold." in printed
+    assert ">>> dE[r]/dKL: got 0.3" in printed and "0 of 1 proofs of claim 3 hold." in printed
 
 
 def test_the_list_of_the_claims_runs_nothing():

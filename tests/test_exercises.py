@@ -19,6 +19,7 @@ import losses
 import model
 from conftest import ROOT
 from exercises import changes, find_the_bug, grading
+from exercises.judge import OWN, PROOFS, Judge, exchanged, graded_by, kind_of, load, run
 
 pytestmark = pytest.mark.slow
 
@@ -253,11 +254,17 @@ def test_a_claim_with_its_formula_altered_is_refuted(alteration):
 
 # ---- Grading somebody's implementation
 
-def grade_file(path, only=grading.FUNCTIONS, *options):
-    """A Grader that has run the proofs of the functions of a file."""
-    grader = grading.Grader(grading.load(path), str(path), only)
-    run_pytest(*grading.PROOFS, *options, plugin=grader)
-    return grader
+def judged(path, only=grading.FUNCTIONS, **options):
+    """{name: verdict} on a file, from a judge in this process."""
+    judge = Judge(lambda: load(path), only, path=str(path), **options)
+    judge.source_is_a_file = True
+    run(judge)
+    torch.manual_seed(0)
+    return judge.verdicts
+
+
+def rows(verdicts):
+    return "\n".join(map(grading.row, verdicts.values()))
 
 
 def defined_in(file):
@@ -271,7 +278,7 @@ def test_the_stubs_are_the_projects_signatures_and_docstrings():
     del wanted["main"], wanted["check_label_smoothing"]
     wanted["sequence_logps"] = defined_in("model.py")["sequence_logps"]
     assert set(grading.FUNCTIONS) == wanted.keys()
-    stubs = grading.load(ROOT / "exercises" / "dpo.py")
+    stubs, _, _ = load(ROOT / "exercises" / "dpo.py")
     assert list(stubs) == list(grading.FUNCTIONS)
     for name, function in stubs.items():
         assert ast.unparse(wanted[name].args) == str(inspect.signature(function))[1:-1], name
@@ -284,12 +291,15 @@ def test_every_function_has_a_proof_that_grades_it():
     Otherwise it would never be run."""
     class Collector:
         def pytest_collection_modifyitems(self, items):
-            self.items = [item for item in items if grading.graded_by(item)]
+            self.items = [item for item in items if graded_by(item)]
 
     collector = Collector()
     run_pytest(ROOT / "tests", "--collect-only", plugin=collector)
-    assert {grading.graded_by(item) for item in collector.items} == set(grading.FUNCTIONS)
-    assert {item.path for item in collector.items} <= set(grading.PROOFS)
+    assert {graded_by(item) for item in collector.items} == set(grading.FUNCTIONS)
+    assert {item.path for item in collector.items} <= set(PROOFS)
+    for item in collector.items:
+        kind, label = kind_of(item)
+        assert len(label) < 40 if kind == "guard" else label in ("", True), item.nodeid
 
 
 def test_your_functions_stand_wherever_the_project_holds_its_own():
@@ -301,16 +311,19 @@ def test_your_functions_stand_wherever_the_project_holds_its_own():
     def loss(*logps, beta=0.1):
         return "mine"
 
+    def exchange(**functions):
+        return exchanged({id(OWN[name]): function for name, function in functions.items()})
+
     zeros = torch.zeros(4, 1)
     before = [dict(vars(module)) for module in (dpo, losses, model)] + [dict(losses.LOSSES)]
-    with grading.in_place({"preference_logits": h, "ipo_loss": loss}):
+    with exchange(preference_logits=h, ipo_loss=loss):
         assert dpo.preference_logits is losses.preference_logits is h
         assert losses.hinge_loss(*zeros, beta=0.25)[0].item() == 0.5
         assert dpo.dpo_loss(*zeros, beta=1.0)[0].item() == pytest.approx(math.log1p(math.exp(-2)))
         assert losses.LOSSES["ipo"](*zeros) == losses.ipo_loss(*zeros) == "mine"
-    with grading.in_place({"dpo_loss": loss}):
+    with exchange(dpo_loss=loss):
         assert losses.LOSSES["sigmoid"] is losses.dpo_loss is dpo.dpo_loss is loss
-    with grading.in_place({"sequence_logps": loss}):
+    with exchange(sequence_logps=loss):
         assert model.sequence_logps is loss
     after = [dict(vars(module)) for module in (dpo, losses, model)] + [dict(losses.LOSSES)]
     assert after == before
@@ -321,103 +334,85 @@ def run_python(*args):
                           encoding="utf-8")
 
 
+def printed(capsys, path, **options):
+    """What the command prints, and its exit status. All of it fits on a screen."""
+    status = grading.command(path, **options)
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert len(lines) <= 24 and max(map(len, lines)) <= 80, out
+    return status, out
+
+
 def test_untouched_stubs_are_reported_as_not_started(tmp_path):
-    """The command as a student runs it: no traceback, every graded proof not started, one line for
-    each function, exit status 1."""
+    """The command as a student runs it: no traceback, one line for each function, exit status 1."""
     (tmp_path / "mine.py").write_text(grading.stubs(), encoding="utf-8")
     done = run_python("pytest", f"--impl={tmp_path / 'mine.py'}")
     assert done.returncode == 1 and not done.stderr
-    for word in ("Traceback", "FAILURES", "Error"):
-        assert word not in done.stdout
-    for name in grading.FUNCTIONS:
-        line = rf"^{name} +not started +0 of [1-9]"
-        assert re.search(line, done.stdout, re.M), done.stdout[-2000:]
-    last = done.stdout.strip().splitlines()[-1]
-    assert " not started" in last and "passed" not in last and "failed" not in last
+    title, *lines = done.stdout.splitlines()
+    assert title == "mine.py, function by function"
+    assert lines == [f"{name:<19} not started" for name in grading.FUNCTIONS]
 
 
-def test_another_correct_implementation_passes_every_proof():
-    grader = grade_file(ROOT / ANOTHER)
-    for results in grader.results.values():
-        assert results, "a function without a result was not graded"
-        assert all(verdict == "holds" for _, verdict, _ in results), grader.summary()
+STYLES = sorted((ROOT / "tests" / "implementations").glob("*.py"))
 
 
-# What is wrong: (the function it is in, old, new, the function that is graded, what it is told)
-MISTAKES = {
-    "mean instead of sum": (
-        "response_logps", "s / max(1, int(m.sum())) if average else s",
-        "s / max(1, int(m.sum()))",
-        "response_logps", "you averaged over tokens; Eq. 7 sums"),
-    "the weight's sign": (
-        "gradient_weight", "1 - torch.sigmoid(chosen_rewards - rejected_rewards)",
-        "torch.sigmoid(chosen_rewards - rejected_rewards)",
-        "gradient_weight", "the sign is flipped"),
-    "the weight's sign, in the gradient": (
-        "gradient_weight", "1 - torch.sigmoid(chosen_rewards - rejected_rewards)",
-        "torch.sigmoid(chosen_rewards - rejected_rewards)",
-        "analytic_gradient", "the weight's sign is flipped"),
-    "rewards without beta": (
-        "implicit_rewards", "beta * (pc.detach() - rc)", "(pc - rc).detach()",
-        "dpo_loss", "rewards without beta"),
-    "the prompt counted": (
-        "response_logps", "response_mask[:, 1:].bool()",
-        "(response_mask.flip(1).cumsum(1).flip(1) > 0)[:, 1:]",
-        "response_logps", "the prompt is counted"),
-    "the reference ignored": (
-        "preference_logits", "(pc - rc) - (pr - rr)", "pc - pr",
-        "dpo_loss", "the reference is ignored"),
-    "beta outside": (
-        "dpo_loss", "bce(beta * h, torch.ones_like(h), reduction='none')",
-        "beta * bce(h, torch.ones_like(h), reduction='none')",
-        "dpo_loss", "beta stands outside"),
-    "beta fixed at 0.1": (
-        "dpo_loss", "bce(beta * h, torch.ones_like(h), reduction='none')",
-        "bce(0.1 * h, torch.ones_like(h), reduction='none')",
-        "dpo_loss", "right at beta = 0.1 only"),
-    "no shift": (
-        "token_logps", "logits[:, :T-1]", "logits[:, 1:]",
-        "token_logps", "have already seen token t"),
-    "a forgotten return": (
-        "missing_mass",
-        "return 1 - torch.exp(torch.sub(policy_logps, ref_logps)).sum() / policy_logps.numel()",
-        "1 - torch.exp(torch.sub(policy_logps, ref_logps)).sum() / policy_logps.numel()",
-        "missing_mass", "is a return missing?"),
-    "multiplied by the mask": (
-        "response_logps", "row[m].sum()", "(row * m).sum()",
-        "response_logps", "nan: select with the mask"),
-    "0/0": (
-        "response_logps", "s / max(1, int(m.sum()))", "row[m].mean()",
-        "response_logps", "an empty row gives nan: divide by at least 1"),
-    "halves swapped": (
-        "pair_logps", "lp[:n], lp[n:]", "lp[n:], lp[:n]",
-        "pair_logps", "chosen and rejected are swapped"),
-    "IPO's margin": (
-        "ipo_loss", "0.5 / beta", "1 / beta",
-        "ipo_loss", "the target is 1/(2 tau), not 1/tau"),
-    "the hinge without beta": (
-        "hinge_loss", "1 - beta * preference_logits(pc, pr, rc, rr)",
-        "1 - preference_logits(pc, pr, rc, rr)",
-        "hinge_loss", "beta is missing in the hinge"),
-    "robust DPO not divided": (
-        "robust_loss", "((1 - e) * right - e * flipped) / (1 - 2 * e)",
-        "(1 - e) * right - e * flipped",
-        "robust_loss", "the factor 1/(1 - 2 eps) is missing"),
-}
+@pytest.mark.parametrize("path", [ROOT / ANOTHER, *STYLES], ids=lambda path: path.stem)
+def test_a_right_implementation_is_right_in_every_style(path):
+    """Nine styles, from Python loops to torch.func. Eight of them were written by others, from the
+    stubs alone. Every function is right, refuses what it must, and costs nothing more."""
+    verdicts = judged(path)
+    assert list(verdicts) == list(grading.FUNCTIONS)
+    for verdict in verdicts.values():
+        assert grading.told(verdict) == "right", "\n".join([grading.row(verdict),
+                                                            *grading.details(verdict)])
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_wrong_implementation_is_told_its_mistake(mistake, tmp_path):
-    """The first proof that fails names it."""
-    function, old, new, graded, message = MISTAKES[mistake]
-    source = changes.changed_source({"file": ANOTHER, "function": function, "old": old, "new": new})
-    (tmp_path / "mine.py").write_text(source, encoding="utf-8")
-    summary = grade_file(tmp_path / "mine.py", [graded], "-x").summary()
-    assert re.match(rf"{graded} +wrong", summary) and message in summary, summary
+MISTAKES = tomllib.loads(read("tests/mistakes.toml"))["mistake"]
 
 
-def test_one_function_filled_in_is_done_and_the_others_are_not_started(tmp_path):
-    """A function that calls one which is not there yet waits for it; it does not count as wrong."""
+def rounds():
+    """The mistakes in rounds: in each of them, no function has more than one mistake."""
+    found = []
+    for mistake in MISTAKES:
+        for one in found:
+            if not {mistake["function"], mistake["graded"]} & {
+                    name for m in one for name in (m["function"], m["graded"])}:
+                one.append(mistake)
+                break
+        else:
+            found.append([mistake])
+    return found
+
+
+def with_mistakes(mistakes):
+    """The other implementation, with mistakes in it."""
+    source = read(ANOTHER)
+    for mistake in mistakes:
+        source = changes.changed_source(mistake | {"file": ANOTHER}, source)
+    return source
+
+
+@pytest.mark.parametrize("number", range(len(rounds())))
+def test_a_wrong_implementation_is_told_its_mistake(number, tmp_path):
+    """tests/mistakes.toml holds what people do. Each mistake is named in the line of its function,
+    within 80 columns, although other functions are wrong too. What has no mistake is not called
+    wrong."""
+    mistakes = {mistake["graded"]: mistake for mistake in rounds()[number]}
+    (tmp_path / "mine.py").write_text(with_mistakes(mistakes.values()), encoding="utf-8")
+    for name, verdict in judged(tmp_path / "mine.py").items():
+        line = grading.row(verdict)
+        if name not in mistakes:
+            assert verdict["verdict"] in ("right", "waits") and not verdict["cost"], line
+            assert not verdict["guards"] or any("guard" in m["says"] for m in mistakes.values())
+            continue
+        says = mistakes[name]["says"]
+        assert says in line, f"{mistakes[name]['new']}\n{line}\n{verdict['remark']}"
+        assert ("wrong" in line) == (not says.startswith("right")), line
+
+
+def test_one_function_filled_in_is_right_and_the_others_are_not_started(tmp_path, capsys):
+    """A function that calls one which is not there yet waits for it; it does not count as wrong.
+    The first mistake in the order of the derivation is explained, with its line."""
     source = grading.stubs() + """
 
 def gradient_weight(chosen_rewards, rejected_rewards):
@@ -430,11 +425,137 @@ def central_differences(f, x, eps=1e-5):
     return x @ x @ x
 """
     (tmp_path / "mine.py").write_text(source, encoding="utf-8")
-    summary = grade_file(tmp_path / "mine.py").summary()
-    assert re.search(r"^gradient_weight +done +2 of 2", summary, re.M), summary
-    assert re.search(r"^pair_logps +waits for response_logps", summary, re.M), summary
-    assert re.search(r"^dpo_loss +not started +0 of", summary, re.M), summary
-    assert "in your central_differences, line" in summary and "return x @ x @ x" in summary, summary
+    status, out = printed(capsys, tmp_path / "mine.py")
+    assert status == 1
+    assert re.search(r"^gradient_weight +right$", out, re.M), out
+    assert re.search(r"^pair_logps +waits for response_logps$", out, re.M), out
+    assert re.search(r"^dpo_loss +not started$", out, re.M), out
+    assert "Begin with central_differences. Your line" in out and "return x @ x @ x" in out, out
+
+
+def test_one_repair_mends_all(tmp_path, capsys):
+    """Where token_logps is wrong, what calls it waits for it, and is not called wrong."""
+    shift = next(m for m in MISTAKES if m["graded"] == "token_logps" and "shift" in m["says"])
+    (tmp_path / "mine.py").write_text(with_mistakes([shift]), encoding="utf-8")
+    _, out = printed(capsys, tmp_path / "mine.py")
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines()[1:17])
+    assert lines.pop("token_logps").startswith("wrong: ")
+    waiting = {name for name, told in lines.items() if told == "waits for token_logps"}
+    assert waiting == {"response_logps"} and "response_logps" not in out.splitlines()[-1]
+    assert all(told.startswith(("right", "waits for")) for told in lines.values()), out
+    assert out.splitlines()[18].startswith("Begin with token_logps.")
+
+
+def test_with_v_every_proof_is_listed(tmp_path):
+    done = run_python("pytest", f"--impl={ROOT / ANOTHER}", "-v", "-k", "oracle")
+    assert done.returncode == 0 and "holds   test_7_code.py::test_oracle_gather" in done.stdout
+    assert done.stdout.splitlines()[-1].split() == ["robust_loss", "right"] or (
+        done.stdout.splitlines()[-1].endswith("right"))
+
+
+LOOP = "while True:\n        pass"
+IMPATIENT = f'''
+def {{name}}(*args, **kwargs):
+    {LOOP}
+'''
+
+
+@pytest.mark.parametrize("name", grading.FUNCTIONS)
+def test_an_endless_loop_is_given_up(name, tmp_path):
+    """In each function in turn. It is reported with its line, and the others are judged as ever."""
+    (tmp_path / "mine.py").write_text(read(ANOTHER) + IMPATIENT.format(name=name), "utf-8")
+    only = [name, "token_logps", "gradient_weight"]
+    verdicts = judged(tmp_path / "mine.py", [n for n in grading.FUNCTIONS if n in only], seconds=1)
+    assert verdicts[name]["remark"] == "it does not return within 1 s"
+    assert re.fullmatch(r"line \d+: (while True:|pass)", verdicts[name]["where"])
+    for other in set(only) - {name}:
+        assert verdicts[other]["verdict"] == "right"
+
+
+# What a function may do to the grader: (the function, its body, what is said of it, of which line)
+ACCIDENTS = {
+    "exit": ("token_logps", "sys.exit(0)", "wrong: it raises SystemExit: 0", "sys.exit"),
+    "exit at once": ("response_logps", "os._exit(0)",
+                     "wrong: it raises SystemExit: 0", "os._exit(0)"),
+    "end the process": ("sequence_logps", "os.abort()", "wrong: it ends Python (exit status ", ""),
+    "a loop that catches everything": (
+        "pair_logps", "while True:\n        try:\n            time.sleep(0.01)\n"
+        "        except BaseException:\n            pass",
+        "wrong: it does not return within 2 s", "time.sleep(0.01)"),
+    "sleep": ("implicit_rewards", "time.sleep(1000)", "wrong: it does not return within 2 s",
+              "time.sleep(1000)"),
+    "a huge tensor": ("dpo_loss", "torch.ones(10 ** 12)", "wrong: RuntimeError: ",
+                      "torch.ones(10 ** 12)"),
+    "recursion": ("analytic_gradient", "return analytic_gradient(*a)",
+                  "wrong: RecursionError: maximum recursion depth exceeded", "analytic_gradient("),
+    "print": ("gradient_weight", "print(a)\n    return torch.sigmoid(a[1] - a[0])",
+              "right; it prints (line ", None),
+    "skip": ("central_differences", "import pytest\n    pytest.skip()",
+             "wrong: it raises Skipped", "pytest.skip()"),
+    "write": ("gradient_check", "open(__file__, 'w')",
+              "wrong: PermissionError: the grader does not let a file write", "open(__file__"),
+    "a dtype for all": ("cdpo_loss", "torch.set_default_dtype(torch.float64)\n    return a[:3]",
+                        "wrong: it changes the default dtype", None),
+    "another judge": ("robust_loss", "torch.allclose = lambda *a, **k: True\n    return a[:3]",
+                      "wrong: it changes torch.allclose", None),
+    "a liar": ("ipo_loss", "return [torch.ones(()).as_subclass(Liar)] * 3",
+               "wrong: it returned a Liar", None),
+    "numbers too large": ("hinge_loss", "raise ValueError('x' * 10 ** 6)",
+                          "wrong: it raises ValueError, whose message cannot be", "raise"),
+    "changed arguments": ("missing_mass", "a[0].sub_(a[1])\n    return 1 - a[0].exp().mean()",
+                          "right; 1 guard missing (it changes policy_logps)", None),
+}
+
+
+@pytest.fixture(scope="module")
+def after_accidents(tmp_path_factory):
+    """{function: verdict} of a file in which every function but one has an accident."""
+    parts = ["import os, sys, time", "import torch", "class Liar(torch.Tensor): pass",
+             "def preference_logits(w, l, rw, rl):",
+             "    if not w.shape == l.shape == rw.shape == rl.shape: raise ValueError",
+             "    return w - l - (rw - rl)"]
+    for name, body, _, _ in ACCIDENTS.values():
+        parts.append(f"def {name}(*a, **k):\n    {body}")
+    path = tmp_path_factory.mktemp("accidents") / "mine.py"
+    path.write_text("\n".join(parts), encoding="utf-8")
+    verdicts, remarks = grading.grade_file(path, seconds=2)
+    assert remarks == [] and path.read_text(encoding="utf-8") == "\n".join(parts)
+    return verdicts
+
+
+@pytest.mark.parametrize("accident", ACCIDENTS)
+def test_an_accident_is_reported_as_what_it_is(accident, after_accidents):
+    """In a process of its own. It is told in one line, with the student's own line where Python
+    knows it. What comes between is judged as ever."""
+    name, _, says, where = ACCIDENTS[accident]
+    verdict = after_accidents[name]
+    assert says in grading.row(verdict), grading.row(verdict)
+    assert where is None or where in verdict["where"], verdict["where"]
+    assert grading.told(after_accidents["preference_logits"]) == "right"
+
+
+def test_a_file_that_ends_early_keeps_what_it_has_earned(tmp_path):
+    """sys.exit at its end, a failing line, an import of the project's own functions."""
+    source = """import sys
+from dpo import dpo_loss
+from dpo import preference_logits as h
+import torch
+def gradient_weight(c, r):
+    return torch.sigmoid(r - c)
+def hinge_loss(*logps, beta=0.1):
+    return torch.relu(1 - beta * h(*logps)), *implicit_rewards(*logps, beta)
+def implicit_rewards(w, l, rw, rl, beta):
+    if not beta > 0: raise ValueError
+    return beta * (w - rw).detach(), beta * (l - rl).detach()
+sys.exit(0)
+"""
+    (tmp_path / "mine.py").write_text(source, encoding="utf-8")
+    only = ["implicit_rewards", "dpo_loss", "gradient_weight", "hinge_loss"]
+    verdicts, remarks = grading.grade_file(tmp_path / "mine.py", only)
+    assert remarks == ["line 12: SystemExit: 0"]
+    assert {name: grading.told(v) for name, v in verdicts.items()} == {
+        "implicit_rewards": "right", "dpo_loss": "not started", "gradient_weight": "right",
+        "hinge_loss": "waits for preference_logits"}
 
 
 def test_grading_in_a_notebook_cell(capsys):
@@ -452,10 +573,10 @@ def test_grading_in_a_notebook_cell(capsys):
     before = project()
     for weight in (flipped, right):
         assert grading.grade(gradient_weight=weight) == (weight is right)
-        printed = capsys.readouterr().out
-        assert ("the sign is flipped" in printed) == (weight is flipped)
-        assert ("done" in printed) == (weight is right)
-        assert len(printed.splitlines()) <= 3, "only what was asked for"
+        out = capsys.readouterr().out
+        assert ("the sign is flipped" in out) == (weight is flipped)
+        assert ("right\n" in out) == (weight is right)
+        assert len(out.splitlines()) <= 4, "only what was asked for"
     assert before == project()
     for wrong in ({}, {"dpo_los": print}):
         with pytest.raises(TypeError, match="dpo_loss"):
@@ -471,7 +592,7 @@ def test_a_file_that_cannot_be_graded_says_why(tmp_path, text, message):
     if text is not None:
         (tmp_path / "mine.py").write_text(text, encoding="utf-8")
     with pytest.raises(pytest.UsageError, match=message):
-        grading.load(tmp_path / "mine.py")
+        grading.command(tmp_path / "mine.py")
 
 
 # ---- The exercise around the bugs

@@ -25,6 +25,20 @@ def vector(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
+def message_of_refusal(function, *args, **kwargs):
+    """The message of the ValueError with which a function refuses these arguments. If it does not,
+    an AssertionError."""
+    try:
+        function(*args, **kwargs)
+    except ValueError as error:
+        return str(error)
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        raise AssertionError(f"raises {type(error).__name__}; wanted a ValueError") from error
+    raise AssertionError("accepted; wanted a ValueError")
+
+
 def softplus(x):
     """log(1 + e^x) = -log sigma(-x), stable at any x: the oracle for the losses."""
     return x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
