@@ -493,7 +493,7 @@ ACCIDENTS = {
     "skip": ("central_differences", "import pytest\n    pytest.skip()",
              "wrong: it raises Skipped", "pytest.skip()"),
     "write": ("gradient_check", "open(__file__, 'w')",
-              "wrong: PermissionError: the grader does not let a file write", "open(__file__"),
+              "wrong: PermissionError: the grader does not let", "open(__file__"),
     "a dtype for all": ("cdpo_loss", "torch.set_default_dtype(torch.float64)\n    return a[:3]",
                         "wrong: it changes the default dtype", None),
     "another judge": ("robust_loss", "torch.allclose = lambda *a, **k: True\n    return a[:3]",
