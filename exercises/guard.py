@@ -78,7 +78,8 @@ class Untouched:
     """
 
     def __init__(self, modules, held_in):
-        import torch._dynamo  # noqa: F401  # it exchanges torch.manual_seed, and comes when it likes
+        # PyTorch imports this when it likes, and then it exchanges torch.manual_seed.
+        import torch._dynamo  # noqa: F401
         modules = [sys.modules[name] for name in JUDGES if name in sys.modules] + list(modules)
         ours = [m for m in modules if str(getattr(m, "__file__", "")).startswith(str(ROOT))]
         found = [value for module in ours for value in vars(module).values()]
@@ -126,10 +127,10 @@ def put_back(holder, key, value):
 
 
 @contextlib.contextmanager
-def state_kept(name=None):
+def state_kept(refused=False):
     """Settings of the whole process that a function may change: they are put back.
 
-    name: of the function, which is told so.
+    refused: a change is a Failure.
     """
     before = torch.is_grad_enabled(), torch.get_default_dtype()
     try:
@@ -138,7 +139,7 @@ def state_kept(name=None):
         after = torch.is_grad_enabled(), torch.get_default_dtype()
         torch.set_grad_enabled(before[0])
         torch.set_default_dtype(before[1])
-        if name and after != before:
+        if refused and after != before:
             what = "torch.set_grad_enabled" if after[0] != before[0] else "the default dtype"
             raise Failure(f"it changes {what} for the whole program")
 

@@ -169,7 +169,7 @@ def has_text(error):
 
 # ---- What a function may return
 
-def plain(name, result):
+def plain(result):
     """The result of a function, if it is made of plain tensors and numbers; else Failure.
 
     A subclass of Tensor, or an object of another kind, could say that it is equal to anything.
@@ -179,9 +179,9 @@ def plain(name, result):
     if isinstance(result, Iterator) and type(result).__module__ == "builtins":
         result = list(result)
     if isinstance(result, tuple):  # a NamedTuple is a tuple
-        result = tuple(plain(name, entry) for entry in tuple.__iter__(result))
+        result = tuple(plain(entry) for entry in tuple.__iter__(result))
     elif isinstance(result, list):
-        result = [plain(name, entry) for entry in list.__iter__(result)]
+        result = [plain(entry) for entry in list.__iter__(result)]
     elif type(result) not in (torch.Tensor, torch.nn.Parameter, float, int, bool, str):
         raise Failure(f"it returned a {type(result).__name__}; wanted a tensor")
     return result
@@ -360,9 +360,9 @@ class Judge:
                 kwargs = copies(kwargs)
             given = dict(zip(signature.parameters, args)) | kwargs
             versions = [t._version for _, t in tensors_in(given)]
-            with state_kept(name):
+            with state_kept(refused=True):
                 try:
-                    result = plain(name, function(*args, **kwargs))
+                    result = plain(function(*args, **kwargs))
                 except (Exception, KeyboardInterrupt) as error:
                     if not has_text(error):
                         raise Failure(f"it raises {type(error).__name__}, whose message cannot "

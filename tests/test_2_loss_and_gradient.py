@@ -21,10 +21,10 @@ from model import GPTConfig
 from tools import (
     Bare,
     Mistake,
+    assert_refused,
     assert_same,
     betas,
     grades,
-    message_of_refusal,
     numbers,
     softplus,
     vector,
@@ -318,15 +318,15 @@ def test_finite_and_right_at_extreme_margins(dtype, tolerance, h, beta):
                 what=f"the slope at h = {h:g}, beta = {beta:g} in {dtype}")
 
 
-def refusal_of_beta(name, beta):
-    return message_of_refusal(getattr(MODULES[name], name), *torch.zeros(4, 1), beta=beta)
+def assert_beta_refused(name, beta):
+    return assert_refused(getattr(MODULES[name], name), *torch.zeros(4, 1), beta=beta)
 
 
-def refusal_of_shapes(name, place):
+def assert_shapes_refused(name, place):
     """The argument at this place has the shape (3,1), the three others (3,)."""
     logps = [torch.zeros(3) for _ in range(4)]
     logps[place] = torch.zeros(3, 1)
-    return message_of_refusal(getattr(MODULES[name], name), *logps,
+    return assert_refused(getattr(MODULES[name], name), *logps,
                               **({"beta": 0.1} if name == "implicit_rewards" else {}))
 
 
@@ -338,13 +338,13 @@ WITH_SHAPES = [name for name in MODULES if name != "implicit_rewards"]
 @pytest.mark.parametrize("beta", [0.0, -1.0])
 def test_settings_that_mean_nothing_are_refused(name, beta):
     """beta = 0 ties the policy to nothing. A ValueError is raised."""
-    refusal_of_beta(name, beta)
+    assert_beta_refused(name, beta)
 
 
 @for_each(WITH_BETA, guard="beta = nan")
 def test_a_beta_that_is_no_number_is_refused(name):
     """nan is not positive: a ValueError is raised. `if beta <= 0` lets it through."""
-    refusal_of_beta(name, math.nan)
+    assert_beta_refused(name, math.nan)
 
 
 @for_each(WITH_SHAPES, guard="shapes (B,) with (B,1)")
@@ -352,21 +352,21 @@ def test_a_beta_that_is_no_number_is_refused(name):
 def test_shapes_that_would_broadcast_are_refused(name, place):
     """(3,) beside (3,1) would broadcast to (3,3) and train on pairs that do not exist. A ValueError
     is raised."""
-    refusal_of_shapes(name, place)
+    assert_shapes_refused(name, place)
 
 
 @pytest.mark.parametrize("name", WITH_BETA)
 @pytest.mark.parametrize("beta", [0.0, -1.0, math.nan])
-def test_the_refusal_of_beta_names_the_value(name, beta):
+def test_the_assert_beta_refused_names_the_value(name, beta):
     """The message of the project's own ValueError."""
-    assert f"beta={beta}" in refusal_of_beta(name, beta)
+    assert f"beta={beta}" in assert_beta_refused(name, beta)
 
 
 @pytest.mark.parametrize("name", WITH_SHAPES)
-def test_the_refusal_of_shapes_shows_them(name):
+def test_the_assert_shapes_refused_shows_them(name):
     """The message of the project's own ValueError."""
     for place in range(4):
-        assert "(3, 1)" in refusal_of_shapes(name, place)
+        assert "(3, 1)" in assert_shapes_refused(name, place)
 
 
 @grades("dpo_loss")

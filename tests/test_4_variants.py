@@ -20,10 +20,10 @@ from test_2_loss_and_gradient import (
     check_wide_margin,
 )
 from tools import (
+    assert_refused,
     assert_same,
     betas,
     grades,
-    message_of_refusal,
     numbers,
     softplus,
     vector,
@@ -289,9 +289,9 @@ def test_label_smoothing_is_refused_where_it_means_nothing(name):
         losses_at(name, 1.0, 0.3, label_smoothing=0.1)
 
 
-def refusal_of_smoothing(name, eps):
+def assert_smoothing_refused(name, eps):
     zeros = torch.zeros(4, 1, dtype=torch.float64)
-    return message_of_refusal(loss_named(name), *zeros, beta=0.3, label_smoothing=eps)
+    return assert_refused(loss_named(name), *zeros, beta=0.3, label_smoothing=eps)
 
 
 @for_each(SMOOTHED, guard="label_smoothing outside [0, 0.5)")
@@ -299,14 +299,14 @@ def refusal_of_smoothing(name, eps):
 def test_label_smoothing_outside_its_range_is_refused(name, eps):
     """It is the share of flipped labels, in [0, 0.5). At one half the labels say nothing. A
     ValueError is raised."""
-    refusal_of_smoothing(name, eps)
+    assert_smoothing_refused(name, eps)
 
 
 @pytest.mark.parametrize("name", SMOOTHED)
 @pytest.mark.parametrize("eps", [0.5, -0.1, 0.7, math.nan])
 def test_the_refusal_of_label_smoothing_names_the_value(name, eps):
     """The message of the project's own ValueError."""
-    assert f"label_smoothing={eps}" in refusal_of_smoothing(name, eps)
+    assert f"label_smoothing={eps}" in assert_smoothing_refused(name, eps)
 
 
 @for_each(FUNCTIONS)

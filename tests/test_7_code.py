@@ -10,7 +10,7 @@ from hypothesis import given
 import dpo
 import model
 from model import GPT, GPTConfig
-from tools import Bare, Mistake, assert_same, grades, masked_texts, message_of_refusal, vector
+from tools import Bare, Mistake, assert_refused, assert_same, grades, masked_texts, vector
 
 
 def scored_by_hand(logits, tokens, scored):
@@ -291,14 +291,14 @@ OTHER_TEXTS = ((2, 3, 4), (2, 5, 4), (1, 4, 4), (3, 4, 4), (3, 3, 4))
 def test_logits_of_another_text_are_refused(shape):
     """For tokens (2,4). A ValueError is raised."""
     tokens = torch.zeros(2, 4, dtype=torch.long)
-    message_of_refusal(dpo.token_logps, torch.zeros(shape), tokens)
+    assert_refused(dpo.token_logps, torch.zeros(shape), tokens)
 
 
 @pytest.mark.parametrize("shape", OTHER_TEXTS)
 def test_the_refusal_of_logits_shows_both_shapes(shape):
     """The message of the project's own ValueError."""
     tokens = torch.zeros(2, 4, dtype=torch.long)
-    message = message_of_refusal(dpo.token_logps, torch.zeros(shape), tokens)
+    message = assert_refused(dpo.token_logps, torch.zeros(shape), tokens)
     assert str(shape) in message and "(2, 4)" in message
 
 
@@ -471,14 +471,14 @@ OTHER_MASKS = ((2, 2), (2, 1), (3,))  # (2,1) would broadcast
 def test_a_mask_of_another_shape_is_refused(shape):
     """For tokens (2,3). A ValueError is raised."""
     logits, tokens = torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.long)
-    message_of_refusal(dpo.response_logps, logits, tokens, torch.ones(shape).bool())
+    assert_refused(dpo.response_logps, logits, tokens, torch.ones(shape).bool())
 
 
 @pytest.mark.parametrize("shape", OTHER_MASKS)
 def test_the_refusal_of_a_mask_shows_both_shapes(shape):
     """The message of the project's own ValueError."""
     logits, tokens = torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.long)
-    message = message_of_refusal(dpo.response_logps, logits, tokens, torch.ones(shape).bool())
+    message = assert_refused(dpo.response_logps, logits, tokens, torch.ones(shape).bool())
     assert str(shape) in message and "(2, 3)" in message
 
 
@@ -488,9 +488,9 @@ def test_a_mask_of_zeros_and_ones_will_do(average):
     """Many libraries use masks of integers. They mean the same as masks of booleans."""
     logits, tokens, mask = some_texts()
     got = dpo.response_logps(logits, tokens, mask.long(), average)
-    if not torch.equal(got, dpo.response_logps(logits, tokens, mask, average)):
-        raise Mistake("a mask of 0 and 1 gives another result than the same mask of booleans. "
-                      "Begin with mask.bool()")
+    assert torch.equal(got, dpo.response_logps(logits, tokens, mask, average)), (
+        "a mask of 0 and 1 gives another result than the same mask of booleans. Begin with "
+        "mask.bool()")
 
 
 # ---- Padding, on the right and on the left

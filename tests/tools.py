@@ -25,9 +25,8 @@ def vector(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def message_of_refusal(function, *args, **kwargs):
-    """The message of the ValueError with which a function refuses these arguments. If it does not,
-    an AssertionError."""
+def assert_refused(function, *args, **kwargs):
+    """Assert that a function refuses these arguments with a ValueError. Returns its message."""
     try:
         function(*args, **kwargs)
     except ValueError as error:
