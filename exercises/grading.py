@@ -99,13 +99,11 @@ def grade_file(path, only=FUNCTIONS, options=(), seconds=10, gigabytes=4, longes
     """
     path = Path(path).resolve()
     progress = progress or (lambda event: None)
-    verdicts, remarks, left, bad, end = {}, [], list(only), [], time.monotonic() + longest
+    verdicts, remarks, left, end = {}, [], list(only), time.monotonic() + longest
 
     def take(verdict):
         verdicts[verdict["function"]] = verdict
         left.remove(verdict["function"])
-        if verdict["verdict"] != "right" or verdict["guards"]:
-            bad.append(verdict["function"])
         progress({"verdict": verdict})
 
     with tempfile.TemporaryDirectory() as folder:
@@ -113,7 +111,8 @@ def grade_file(path, only=FUNCTIONS, options=(), seconds=10, gigabytes=4, longes
                "options": list(options), "dump": str(Path(folder) / "stopped")}
         while left:
             begun = loaded = broken = status = None
-            for event in events(job | {"only": left, "bad": bad}, folder, 2 * seconds + 20):
+            for event in events(job | {"only": left, "verdicts": verdicts}, folder,
+                                longest=2 * seconds + 20):
                 broken = event.get("broken")
                 if broken and begun is None:
                     raise RuntimeError(f"the proofs could not be run:\n{broken}")

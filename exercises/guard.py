@@ -35,21 +35,22 @@ class TimeLimit:
 
     def __init__(self, seconds, dump=None):
         self.seconds, self.dump, self.fired = seconds, dump, False
+        self.over = threading.Event()
 
-    def fire(self):
-        self.fired = True
-        _thread.interrupt_main()
+    def watch(self):
+        pause = self.seconds
+        while not self.over.wait(pause):
+            self.fired, pause = True, 1  # once more: Python drops an interrupt in a destructor
+            _thread.interrupt_main()
 
     def __enter__(self):
-        self.timer = threading.Timer(self.seconds, self.fire)
-        self.timer.daemon = True
-        self.timer.start()
+        threading.Thread(target=self.watch, daemon=True).start()
         if self.dump:
             faulthandler.dump_traceback_later(self.seconds + 3, exit=True, file=self.dump)
         return self
 
     def __exit__(self, *error):
-        self.timer.cancel()
+        self.over.set()
         if self.dump:
             faulthandler.cancel_dump_traceback_later()
 
@@ -132,16 +133,26 @@ def state_kept(refused=False):
 
     refused: a change is a Failure.
     """
-    before = torch.is_grad_enabled(), torch.get_default_dtype()
+    before = state()
     try:
         yield
     finally:
-        after = torch.is_grad_enabled(), torch.get_default_dtype()
-        torch.set_grad_enabled(before[0])
-        torch.set_default_dtype(before[1])
-        if refused and after != before:
-            what = "torch.set_grad_enabled" if after[0] != before[0] else "the default dtype"
-            raise Failure(f"it changes {what} for the whole program")
+        after = state()
+        torch.set_grad_enabled(before["whether gradients are recorded"])
+        torch.set_default_dtype(before["the default dtype"])
+        for kind in ("function", "dispatch"):  # modes that a function has entered and not left
+            for _ in range(after[f"the {kind} modes"] - before[f"the {kind} modes"]):
+                getattr(torch._C, f"_pop_torch_{kind}_stack")()
+        changed = [name for name in before if after[name] != before[name]]
+        if refused and changed:
+            raise Failure(f"it changes {changed[0]} for the whole program")
+
+
+def state():
+    return {"whether gradients are recorded": torch.is_grad_enabled(),
+            "the default dtype": torch.get_default_dtype(),
+            "the function modes": torch._C._len_torch_function_stack(),
+            "the dispatch modes": torch._C._len_torch_dispatch_stack()}
 
 
 # ---- The machine
@@ -182,6 +193,11 @@ def forbid(path):
                 raise PermissionError(f"the grader does not let a file {what}")
             frame = frame.f_back
 
+    def start_thread(thread):
+        hook("_thread.start_new_thread", ())  # Python 3.11 does not audit it
+        start(thread)
+
+    start, threading.Thread.start = threading.Thread.start, start_thread
     sys.addaudithook(hook)
 
 

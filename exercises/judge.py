@@ -30,6 +30,7 @@ import os
 import sys
 import time
 import traceback
+import types
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -130,9 +131,17 @@ def load(path):
     defined = {}
     for name in OWN:
         function = vars(module).get(name)
-        if callable(function) and function not in stand_ins.values():
+        if callable(function) and id(function) not in map(id, stand_ins.values()):
             defined[name] = function
+            if type(function) not in (types.FunctionType, functools.partial):
+                defined[name] = forwarding(function)
     return defined, remarks, {id(stand_ins[name]): name for name in OWN}
+
+
+def forwarding(function):
+    """A plain function that calls this object. Another object may answer to __globals__ as it
+    likes."""
+    return lambda *args, **kwargs: function(*args, **kwargs)
 
 
 def failed_import(path, error):
@@ -251,19 +260,21 @@ class Judge:
     """A plugin of pytest. It runs the proofs of somebody's functions.
 
     functions: {name: function}, or a function that returns what `load` returns; it is called when
-    all proofs are there. only: the names to judge. report: called with each event, a dict.
+    all proofs are there. only: the names to judge. verdicts: of functions that were judged before,
+    in another process. report: called with each event, a dict.
     seconds: the time of one proof; a function has twice as much for all of them. alone: this
     process serves nothing else. dump: see TimeLimit. path: of the file, for its lines.
     """
 
     only_the_verdict = True  # the project's conftest.py reads this
 
-    def __init__(self, functions, only=FUNCTIONS, bad=(), report=None, seconds=10, alone=False,
-                 dump=None, path=None):
+    def __init__(self, functions, only=FUNCTIONS, verdicts=(), report=None, seconds=10,
+                 alone=False, dump=None, path=None):
         self.source, self.functions, self.only = functions, {}, list(only)
-        self.bad, self.report = set(bad), report or (lambda event: None)
+        self.report = report or (lambda event: None)
         self.seconds, self.alone, self.dump = seconds, alone, dump
-        self.verdicts, self.verdict, self.stand_ins, self.files = {}, None, {}, {path}
+        self.verdicts, self.verdict, self.stand_ins = dict(verdicts), None, {}
+        self.files = {path}
         self.untouched = None
         self.listener = Listener(path)
 
@@ -323,12 +334,13 @@ class Judge:
         self.since = time.monotonic()
         if name not in self.functions:
             self.verdict["verdict"], self.given_up = "not started", True
-        # the project's own function -> the student's one, unless that one is known to be bad
+        # the project's own function -> the student's one, unless that one is known to be wrong or
+        # to lack a guard
         self.new, self.holders = {}, []
         for other, function in self.functions.items():
             if other == name:
                 self.new[id(OWN[other])] = self.judged(other, function)
-            elif other in self.bad:
+            elif self.is_wrong(other) or self.verdicts.get(other, {}).get("guards"):
                 self.new[id(function)] = self.replaced(other)
             else:
                 self.new[id(OWN[other])] = function
@@ -340,11 +352,15 @@ class Judge:
         if self.untouched:
             self.untouched.expect(self.new)
 
+    def is_wrong(self, name):
+        return self.verdicts.get(name, {}).get("verdict") in ("wrong", "not started")
+
     def replaced(self, name):
-        """The project's own function; its use is noted."""
+        """The project's own function. What uses it waits for it, unless only a guard is missing."""
         @functools.wraps(OWN[name])
         def call(*args, **kwargs):
-            self.used.append(name)
+            if name not in self.functions or self.is_wrong(name):
+                self.used.append(name)
             return OWN[name](*args, **kwargs)
         return call
 
@@ -400,7 +416,7 @@ class Judge:
             try:
                 if self.untouched:
                     self.untouched.changes()  # what was done between the proofs
-                with limit:
+                with limit, torch.inference_mode(False):
                     pyfuncitem.obj(**arguments)
                 if not self.calls:
                     raise Failure("the proof did not call your function")
@@ -477,8 +493,6 @@ class Judge:
             verdict |= {"verdict": "waits", "waits_for": min(self.used, key=list(OWN).index)}
         labels = {label for _, kind, label, _, _ in verdict["proofs"] if kind == "guard"}
         verdict["refuses"] = sorted(labels - set(verdict["guards"]))
-        if verdict["verdict"] != "right" or verdict["guards"]:
-            self.bad.add(name)
         if self.listener.line is not None:
             verdict["prints"] = f"line {self.listener.line}"
         self.verdicts[name], self.verdict = verdict, None
@@ -520,7 +534,7 @@ def main():
     limit_memory(job["gigabytes"])
     forbid(path)
     with open(job["dump"], "w", encoding="utf-8") as dump:
-        judge = Judge(lambda: load(path), job["only"], job["bad"], report, job["seconds"],
+        judge = Judge(lambda: load(path), job["only"], job["verdicts"], report, job["seconds"],
                       alone=True, dump=dump, path=path)
         try:
             run(judge, job["options"])

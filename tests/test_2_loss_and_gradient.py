@@ -720,15 +720,15 @@ def test_the_weight_at_no_difference_and_at_extremes():
     assert_same(got, vector(0.5, 0.5, 0, 1, 0.5, 0.5), 1e-12, what="the weight")
 
 
-def pair_gradients(policy, batch):
-    """For each pair: log pi(y_w), its gradient, log pi(y_l), its gradient.
+def pairs_by_hand(policy, batch):
+    """For each pair: log pi(y_w), its gradient, log pi(y_l), its gradient, and log ref of both.
 
     It goes through one sequence at a time, token by token, and uses nothing of dpo.py. A gradient
     is one vector, flattened over all parameters.
     """
-    params, size = list(policy.parameters()), len(batch["tokens"]) // 2
+    params, size, pairs = list(policy.parameters()), len(batch["tokens"]) // 2, []
     for i in range(size):
-        out = []
+        pair = []
         for row in (i, i + size):
             tokens, mask = batch["tokens"][row], batch["response_mask"][row]
             logits = policy(tokens[None])[0]
@@ -737,27 +737,23 @@ def pair_gradients(policy, batch):
                 if mask[t]:
                     logp = logp + torch.log_softmax(logits[t - 1], -1)[tokens[t]]
             gradient = torch.cat([g.flatten() for g in torch.autograd.grad(logp, params)])
-            out += [logp.item(), gradient]
-        yield out
+            pair += [logp.item(), gradient]
+        ref = batch["ref_chosen_logps"][i].item(), batch["ref_rejected_logps"][i].item()
+        pairs.append((*pair, *ref))
+    return pairs
 
 
-def pairs_with_reference(policy, batch):
-    """Each pair of `pair_gradients`, with its log ref(y_w) and log ref(y_l)."""
-    rw, rl = batch["ref_chosen_logps"].tolist(), batch["ref_rejected_logps"].tolist()
-    return zip(pair_gradients(policy, batch), rw, rl)
-
-
-def weighted_gradient(policy, batch, beta, weight):
+def weighted_gradient(pairs, beta, weight):
     """-beta mean[weight(r^_w, r^_l) (grad log pi_w - grad log pi_l)], flattened."""
     terms = []
-    for (w, grad_w, l, grad_l), rw, rl in pairs_with_reference(policy, batch):
+    for w, grad_w, l, grad_l, rw, rl in pairs:
         factor = weight(beta * (w - rw), beta * (l - rl))
         terms.append(-beta * factor * (grad_w - grad_l))
     return sum(terms) / len(terms)
 
 
 @grades("analytic_gradient")
-@pytest.mark.parametrize("beta", [0.1, 0.7])
+@pytest.mark.parametrize("beta", [0.3, 0.7])
 def test_analytic_gradient_against_one_pair_at_a_time(tiny, beta):
     """Claim 9 (section 4). The analytic gradient is compared with a sum over single pairs.
 
@@ -768,22 +764,19 @@ def test_analytic_gradient_against_one_pair_at_a_time(tiny, beta):
         return 1 / (1 + math.exp(-x))
 
     def mistake(weight, scale=1):
-        return scale * weighted_gradient(*tiny, beta, weight)
+        return scale * weighted_gradient(pairs, beta, weight)
 
-    def one_side(which):
-        terms = []
-        for (w, grad_w, l, grad_l), rw, rl in pairs_with_reference(*tiny):
-            side = grad_w if which == 0 else -grad_l
-            terms.append(-beta * sigma(beta * (l - rl - w + rw)) * side)
-        return sum(terms) / 3
+    def with_reference(factor):
+        others = [(*pair[:4], factor * pair[4], factor * pair[5]) for pair in pairs]
+        return weighted_gradient(others, beta, lambda chosen, rejected: sigma(rejected - chosen))
 
-    no_ref = tiny[1] | {key: torch.zeros(3).double() for key in tiny[1] if "ref" in key}
-    without_reference = weighted_gradient(tiny[0], no_ref, beta, lambda w, l: sigma(l - w))
-    added = through_the_weight = mean_weight = 0.0
-    for (w, grad_w, l, grad_l), rw, rl in pairs_with_reference(*tiny):
+    pairs = pairs_by_hand(*tiny)
+    of_chosen = of_rejected = through_the_weight = mean_weight = 0.0
+    for w, grad_w, l, grad_l, rw, rl in pairs:
         weight = sigma(beta * (l - rl - w + rw))
         mean_weight += weight / 3
-        added = added - beta * weight * (grad_w + grad_l) / 3
+        of_chosen = of_chosen - beta * weight * grad_w / 3
+        of_rejected = of_rejected + beta * weight * grad_l / 3
         # d(weight (w - l)) = weight (dw - dl) - beta weight (1 - weight) (w - l) (dw - dl)
         factor = weight - beta * weight * (1 - weight) * (w - l)
         through_the_weight = through_the_weight - beta * factor * (grad_w - grad_l) / 3
@@ -793,7 +786,7 @@ def test_analytic_gradient_against_one_pair_at_a_time(tiny, beta):
     if not isinstance(gradient, list | tuple) or [tuple(g.shape) for g in gradient] != shapes:
         raise Mistake("wanted a list of tensors, one for each parameter, in the order of "
                       "policy.parameters()")
-    want = weighted_gradient(*tiny, beta, lambda w, l: sigma(l - w))
+    want = weighted_gradient(pairs, beta, lambda w, l: sigma(l - w))
     assert_same(torch.cat([g.flatten() for g in gradient]), want, 1e-12, {
         "the weight's sign is flipped. The weight is sigma(r^_l - r^_w), large for pairs that "
         "are ranked wrongly": mistake(lambda w, l: sigma(w - l)),
@@ -802,9 +795,9 @@ def test_analytic_gradient_against_one_pair_at_a_time(tiny, beta):
             [mistake(lambda w, l: sigma(abs(w - l))), mistake(lambda w, l: sigma(-abs(w - l)))],
         "a detach is missing: the gradient flows through the weight too": through_the_weight,
         "the gradient of the rejected response is missing. Is its log-probability detached?":
-            one_side(0),
+            of_chosen,
         "the gradient of the chosen response is missing. Is its log-probability detached?":
-            one_side(1),
+            of_rejected,
         "the weight lacks beta. It is sigma of a difference of rewards, and a reward contains "
         "beta": mistake(lambda w, l: sigma((l - w) / beta)),
         "the factor beta is missing": mistake(lambda w, l: sigma(l - w), 1 / beta),
@@ -814,21 +807,20 @@ def test_analytic_gradient_against_one_pair_at_a_time(tiny, beta):
         "beta is hard-coded as 0.1":
             mistake(lambda w, l: sigma((l - w) * 0.1 / beta), 0.1 / beta),
         "the weight is there twice": mistake(lambda w, l: sigma(l - w) ** 2),
-        "the reference's sign is wrong in the weight": weighted_gradient(
-            tiny[0], tiny[1] | {key: -tiny[1][key] for key in tiny[1] if "ref" in key}, beta,
-            lambda w, l: sigma(l - w)),
+        "the reference's sign is wrong in the weight": with_reference(-1),
         "the mean weight multiplies the mean gradient; wanted the mean of their products":
             mistake(lambda w, l: 1) * mean_weight,
         "the weight contains beta twice. The rewards have it already":
             mistake(lambda w, l: sigma(beta * (l - w))),
-        "the reference is ignored in the weight": without_reference,
+        "the reference is ignored in the weight": with_reference(0),
         "this is the mean over all 2B rows; wanted the mean over B pairs":
             mistake(lambda w, l: sigma(l - w), 0.5),
         "the minus sign is missing, or chosen and rejected are swapped. This vector points where "
         "the loss falls":
             mistake(lambda w, l: sigma(l - w), -1),
         "this is a sum over pairs; wanted the mean": mistake(lambda w, l: sigma(l - w), 3),
-        "the gradients of chosen and rejected are added; wanted their difference": added,
+        "the gradients of chosen and rejected are added; wanted their difference":
+            of_chosen - of_rejected,
     }, what="the gradient")
 
 
@@ -943,13 +935,12 @@ def test_the_check_reports_the_size_of_the_gradient(tiny):
                       "differences, largest entry")
     rows = {name: row for name, *row in table}
     weights = []
-    for (w, _, l, _), rw, rl in pairs_with_reference(policy, batch):
+    pairs = pairs_by_hand(policy, batch)
+    for w, _, l, _, rw, rl in pairs:
         weights.append(0.7 / (1 + math.exp(0.7 * (w - rw - l + rl))) / 3)
     largest = vector(max(weights))[0]
     def largest_with(weight):
-        of_pairs = [weight(w, l, rw, rl) for (w, _, l, _), rw, rl
-                    in pairs_with_reference(policy, batch)]
-        return vector(max(of_pairs))[0] * 0.7 / 3
+        return vector(max(weight(w, l, rw, rl) for w, _, l, _, rw, rl in pairs))[0] * 0.7 / 3
 
     def sigma(x):
         return 1 / (1 + math.exp(-x))
@@ -969,7 +960,7 @@ def test_the_check_reports_the_size_of_the_gradient(tiny):
                 largest_with(lambda w, l, rw, rl: sigma(0.7 * (l - w))),
             "the largest entry comes last": rows[name][1],
         }, what=f"the largest entry for {name}")
-    gradient = weighted_gradient(policy, batch, 0.7, lambda w, l: 1 / (1 + math.exp(w - l)))
+    gradient = weighted_gradient(pairs, 0.7, lambda w, l: 1 / (1 + math.exp(w - l)))
     of_parameters = [row[3] for name, row in rows.items() if "log" not in name]
     assert_same(max(of_parameters), gradient.abs().max(), 1e-12,
                 what="the largest entry for a parameter")

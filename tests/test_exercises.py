@@ -254,10 +254,9 @@ def test_a_claim_with_its_formula_altered_is_refuted(alteration):
 
 # ---- Grading somebody's implementation
 
-def judged(path, only=grading.FUNCTIONS, **options):
-    """{name: verdict} on a file, from a judge in this process."""
-    judge = Judge(lambda: load(path), only, path=str(path), **options)
-    judge.source_is_a_file = True
+def judged(path, only=grading.FUNCTIONS, seconds=60, **options):
+    """{name: verdict} on a file, from a judge in this process. The machine may be busy."""
+    judge = Judge(lambda: load(path), only, path=str(path), seconds=seconds, **options)
     run(judge)
     torch.manual_seed(0)
     return judge.verdicts
@@ -441,8 +440,8 @@ def test_one_repair_mends_all(tmp_path, capsys):
     lines = dict(line.split(maxsplit=1) for line in out.splitlines()[1:17])
     assert lines.pop("token_logps").startswith("wrong: ")
     waiting = {name for name, told in lines.items() if told == "waits for token_logps"}
-    assert waiting == {"response_logps"} and "response_logps" not in out.splitlines()[-1]
-    assert all(told.startswith(("right", "waits for")) for told in lines.values()), out
+    assert waiting == {"response_logps", "pair_logps", "analytic_gradient", "gradient_check"}, out
+    assert {told for name, told in lines.items() if name not in waiting} == {"right"}, out
     assert out.splitlines()[18].startswith("Begin with token_logps.")
 
 
@@ -481,8 +480,8 @@ ACCIDENTS = {
     "a loop that catches everything": (
         "pair_logps", "while True:\n        try:\n            time.sleep(0.01)\n"
         "        except BaseException:\n            pass",
-        "wrong: it does not return within 2 s", "time.sleep(0.01)"),
-    "sleep": ("implicit_rewards", "time.sleep(1000)", "wrong: it does not return within 2 s",
+        "wrong: it does not return within 5 s", "time.sleep(0.01)"),
+    "sleep": ("implicit_rewards", "time.sleep(1000)", "wrong: it does not return within 5 s",
               "time.sleep(1000)"),
     "a huge tensor": ("dpo_loss", "torch.ones(10 ** 12)", "wrong: RuntimeError: ",
                       "torch.ones(10 ** 12)"),
@@ -518,7 +517,7 @@ def after_accidents(tmp_path_factory):
         parts.append(f"def {name}(*a, **k):\n    {body}")
     path = tmp_path_factory.mktemp("accidents") / "mine.py"
     path.write_text("\n".join(parts), encoding="utf-8")
-    verdicts, remarks = grading.grade_file(path, seconds=2)
+    verdicts, remarks = grading.grade_file(path, seconds=5)
     assert remarks == [] and path.read_text(encoding="utf-8") == "\n".join(parts)
     return verdicts
 
