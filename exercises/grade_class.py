@@ -16,7 +16,6 @@ import json
 import os
 import re
 import sys
-import textwrap
 import tomllib
 from pathlib import Path
 
@@ -159,14 +158,14 @@ def for_gradescope(result, points):
 
 # ---- The class
 
-def summary(result, most):
+def summary(result):
     """One line of the table on the screen."""
     verdicts = result["verdicts"].values()
     right = sum(v["verdict"] in ("right", "waits") for v in verdicts)
     missing = sum(len(v["guards"]) for v in verdicts)
-    first = next((f"{v['function']}: {told(v)}" for v in verdicts if v["verdict"] == "wrong"), "")
-    student = textwrap.shorten(result["student"], 16, placeholder="...") or result["student"][:16]
-    return short(f"{student:<16} {sum(result['earned'].values()):>6.4g} {right:>5} {missing:>6}  "
+    first = next((f"{v['function']}: {told(v).removeprefix('wrong: ')}" for v in verdicts
+                  if v["verdict"] == "wrong"), "")
+    return short(f"{result['student'][:16]:<16} {sum(result['earned'].values()):>6.4g} {right:>5} {missing:>6}  "
                  f"{first or '. '.join(result['remarks'])}")
 
 
@@ -212,7 +211,7 @@ def grade_class(args):
                 result = job.result()
                 write(result, writer, reports, points, args.gradescope)
                 table.flush()
-                bar.write(summary(result, most))
+                bar.write(summary(result))
                 bar.update()
         except BaseException:  # Ctrl-C: what is graded stays written
             pool.shutdown(wait=False, cancel_futures=True)

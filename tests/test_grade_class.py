@@ -92,9 +92,8 @@ def graded(tmp_path_factory):
     (work / "empty.py").write_text("", encoding="utf-8")
     (work / "broken.py").write_text("def dpo_loss(:\n", encoding="utf-8")
     (work / "nothing").mkdir()
-    (work / "=ben.py").write_text(WEIGHT.replace("rejected_rewards - chosen", "chosen_rewards - r"
-                                                 "ejected").replace("chosen_rewards)\n", "x)\n"),
-                                  encoding="utf-8")
+    flipped = WEIGHT.replace("rejected_rewards - chosen", "chosen_rewards - rejected")
+    (work / "=ben.py").write_text(flipped, encoding="utf-8")
     (work / "essay.pdf").write_bytes(b"%PDF")
     before = {path: path.read_bytes() for path in work.rglob("*") if path.is_file()}
     grade_class.main([str(work), "--out", str(folder / "grades.csv"), "--gradescope",
@@ -138,7 +137,8 @@ def test_each_student_gets_a_report(graded):
     and a highest score for each function, and scores that add up to the points."""
     folder, rows = graded
     text = (folder / "grades" / "=ben.md").read_text(encoding="utf-8")
-    assert text.startswith("# =ben: 0 of 125 points") and "NameError" in text
+    assert text.startswith("# =ben: 0 of 125 points")
+    assert "is large where the pair is ranked WRONGLY" in text
     for student, row in rows.items():
         name = student.removeprefix("'")
         results = json.loads((folder / "grades" / f"{name}.json").read_text(encoding="utf-8"))
