@@ -165,7 +165,8 @@ def summary(result):
     missing = sum(len(v["guards"]) for v in verdicts)
     first = next((f"{v['function']}: {told(v).removeprefix('wrong: ')}" for v in verdicts
                   if v["verdict"] == "wrong"), "")
-    return short(f"{result['student'][:16]:<16} {sum(result['earned'].values()):>6.4g} {right:>5} {missing:>6}  "
+    earned = sum(result["earned"].values())
+    return short(f"{result['student'][:16]:<16} {earned:>6.4g} {right:>5} {missing:>6}    "
                  f"{first or '. '.join(result['remarks'])}")
 
 
