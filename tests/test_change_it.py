@@ -343,7 +343,7 @@ def test_a_bug_to_find(project):
     number = len(find_the_bug.bugs()) + 1
     apply("A bug to find", project)
     readme = project / "README.md"
-    text = readme.read_text(encoding="utf-8").replace(f"{number - 1} bugs", f"{number} bugs")
+    text = re.sub(rf"{number - 1}(\s+)bugs", rf"{number}\1bugs", readme.read_text("utf-8"))
     readme.write_text(text, encoding="utf-8")
     (symptom, _), (proofs, _) = commands("A bug to find")
     assert symptom[-1] == str(number), f"the new bug is bug {number}; {UPDATE}"
