@@ -30,7 +30,9 @@ def pytest_configure(config):
     if config.getoption("--claim") is not None or config.getoption("--altered"):
         prove_claim(config, config.getoption("--claim"), config.getoption("--altered"))
     set_up_hypothesis(config)
-    if config.getoption("--bug"):
+    if not 0 <= config.getoption("--seed") < 2 ** 32:
+        raise pytest.UsageError(f"--seed {config.getoption('--seed')} must be from 0 to 2**32 - 1")
+    if config.getoption("--bug") is not None:
         put_bug_into_effect(config, config.getoption("--bug"))
 
 
@@ -69,7 +71,10 @@ def prove_claim(config, number, altered):
 def put_bug_into_effect(config, number):
     from exercises.changes import in_effect
     from exercises.find_the_bug import bug
-    effect = in_effect(bug(number))
+    try:
+        effect = in_effect(bug(number))
+    except SystemExit as error:
+        raise pytest.UsageError(f"--bug {number}: {error}") from error
     effect.__enter__()
     config.add_cleanup(lambda: effect.__exit__(None, None, None))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 import world
-from support.preferences import DataError, read_rows  # noqa: F401, for whoever imports data
+from support.preferences import DataError, places, read_rows  # noqa: F401, for whoever imports data
 from support.tokenizers import get_tokenizer  # noqa: F401
 
 # ---- The toy data: made once from a seed, then fixed
@@ -23,7 +23,7 @@ class Pair:
 
 def load_preferences(path):
     """Every pair of a user's file, a list of Pair. See support/preferences.py for the forms."""
-    return [Pair(*row) for row in read_rows(path)]
+    return [Pair(*texts, f"{path}, {places(path, [n])}") for n, *texts in read_rows(path)]
 
 
 def draw(logps, prompt, generator):

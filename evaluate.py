@@ -5,15 +5,13 @@
 """
 import argparse
 import math
-import sys
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-import data
 import world
-from support import own_data, show
+from support import command, own_data, show
 from support.files import read_json, write_json
 from support.run import load_run
 from support.trie import exact_logps
@@ -133,12 +131,12 @@ def report(folder, device="cpu"):
     return summary | {"flags": flags}
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dir", type=Path, help="the folder of a finished train.py run")
     parser.add_argument("--prompt", help="answer this prompt with every model, side by side")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.prompt is not None:
         _, tokenizer, models = load_run(args.dir)
         show.answers(models, tokenizer, args.prompt)
@@ -152,8 +150,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a sample may hold a character the terminal lacks
-    try:
-        main()
-    except data.DataError as error:
-        raise SystemExit(f"error: {error}")
+    command.run(main, again="The same command does it again.")

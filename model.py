@@ -195,8 +195,9 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder):
-        """GPT-2's weights, from a local folder with config.json and model.safetensors, or by name:
-        "gpt2" (124M parameters), "gpt2-medium" (350M), "gpt2-large" (774M), "gpt2-xl" (1.6B)."""
+        """GPT-2's weights, from a local folder as transformers writes it, or by name: "gpt2" (124M
+        parameters), "gpt2-medium" (350M), "gpt2-large" (774M), "gpt2-xl" (1.6B). Raises ValueError
+        where a folder is broken, or holds a model that this class does not compute."""
         folder = gpt2.find(name_or_folder)
         model = cls(GPTConfig(**gpt2.read_config(folder)))
         gpt2.copy_weights(folder, model)

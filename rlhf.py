@@ -17,7 +17,6 @@ state is the prompt and the response so far.
 """
 import argparse
 import copy
-import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -34,7 +33,8 @@ import evaluate
 import world
 from model import target_logps
 from ppo import gae, last_true, normalise, ppo_loss, reward_to_go, token_rewards, value_loss
-from support import checkpoints, show
+from support import checkpoints, command, show
+from support.flags import number
 from support.run import Run, load_toy_run
 
 MAX_NEW_TOKENS = 16  # the longest review has 14 tokens, EOS included
@@ -295,11 +295,10 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dir", type=Path, help="the folder of a finished toy run of train.py")
-    parser.add_argument("--samples", type=int, default=Settings.samples,
+    parser.add_argument("--samples", type=number(int, Settings.batch_size, 10_000_000),
+                        default=Settings.samples,
                         help="responses to generate (default: %(default)s)")
     args = parser.parse_args(argv)
-    if args.samples < Settings.batch_size:
-        parser.error(f"--samples {args.samples} must be at least {Settings.batch_size}, one batch")
     flags, tokenizer, models = load_toy_run(args.dir)
     seed, beta, reference = flags["seed"], flags["beta"], models["sft"].requires_grad_(False)
     folder = args.dir / "ppo"
@@ -331,8 +330,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a sample may hold a character the terminal lacks
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit("\nInterrupted. The same command continues.")
+    command.run(main, again="The same command starts again.")

@@ -13,7 +13,6 @@ START = time.time()  # before the imports: the seconds reported are the seconds 
 
 import copy
 import math
-import sys
 from functools import lru_cache
 
 import torch
@@ -25,9 +24,10 @@ import evaluate
 import world
 from losses import LOSSES, SMOOTHED, missing_mass
 from model import GPT, GPTConfig, sequence_logps
-from support import checkpoints, flags, own_data
+from support import checkpoints, command, flags, own_data, processes
 from support.files import write_json
-from support.run import pick_device, start
+from support.machine import pick_device, precision_of
+from support.run import start
 
 SFT_TEXTS, SFT_BATCH = 48_000, 32  # the toy corpus
 MEASURE_AT = (0, .01, .03, .07, .15, .3, .6, 1)  # shares of a training, for the figures
@@ -59,7 +59,8 @@ def train_sft(model, texts, run, *, epochs, batch_size, lr, seed, accumulate=1):
             loss = -logps.mean()
             (share * loss).backward()
             run.log(share, loss=loss)
-        # the gradient is clipped, and one step is taken along it
+        # the gradient, of all processes together, is clipped, and one step is taken along it
+        processes.add_up_gradients(model)
         run.log(grad_norm=clip_grad_norm_(model.parameters(), CLIP))
         optimizer.step()
         optimizer.zero_grad()
@@ -73,14 +74,15 @@ def reference_logps(reference, examples, batch_size):
     After this, training needs no second model in memory."""
     device = next(reference.parameters()).device
     # like lengths together, so that little is padding
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
-    out = torch.empty(2, len(examples), device=device)  # (2, N)
+    order = processes.mine(sorted(range(len(examples)), key=lambda i: len(examples[i])))
+    out = torch.zeros(2, len(examples), device=device)  # (2, N)
     for i in tqdm(range(0, len(order), batch_size), desc="     ref", unit="batch",
                   dynamic_ncols=True):
         indices = order[i:i + batch_size]
         batch = data.collate([examples[j] for j in indices], device=device)
         logps = sequence_logps(reference, batch["tokens"], batch["response_mask"])  # (2B,)
         out[:, indices] = logps.view(2, -1)  # chosen, rejected
+    processes.add_up(out)
     return out[0], out[1]
 
 
@@ -136,7 +138,8 @@ def train_dpo(policy, examples, ref_logps, run, *, stage="dpo", beta, loss="sigm
                 "logps/chosen": chosen.mean(), "logps/rejected": rejected.mean()})
             if ceiling is not None:
                 run.log(share, **{"rewards/ceiling": ceiling})
-        # the gradient is clipped, and one step is taken along it
+        # the gradient, of all processes together, is clipped, and one step is taken along it
+        processes.add_up_gradients(policy)
         run.log(grad_norm=clip_grad_norm_(policy.parameters(), CLIP))
         optimizer.step()
         optimizer.zero_grad()
@@ -161,14 +164,17 @@ def load_toy(tokenizer, pairs, annotator, seed):
 def main(argv=None):
     args = flags.parse_args(argv, __doc__)
     toy = args.data is None
-    device = pick_device(args.device)
+    device = processes.join(pick_device(args.device))
     run = start(args.out_dir, flags.kept(args), args.resume)
     torch.manual_seed(args.seed)
     tokenizer = data.get_tokenizer(args.tokenizer)
     if toy:
         texts, examples = load_toy(tokenizer, args.pairs, args.annotator, args.seed)
     else:
-        texts, examples = own_data.load(args.data, tokenizer, args.max_length, args.seed)
+        texts, examples = own_data.load(args.data, tokenizer, args.max_length, args.seed,
+                                        args.skip_bad_rows)
+        run.where = examples.where
+    precision = precision_of(args.dtype, device)
 
     # 1. The reference. A file that is there already was made before an interruption.
     sft_file = args.out_dir / "sft.pt"
@@ -186,15 +192,19 @@ def main(argv=None):
         size = sum(p.numel() for p in reference.parameters())
         print(f"Model: {size:,} parameters on {device}. SFT on {len(texts):,} texts, "
               f"then DPO on {len(examples):,} pairs, beta = {args.beta:g}.")
+        run.begin()
         if args.sft_epochs:
-            train_sft(reference, texts, run, epochs=args.sft_epochs, lr=args.sft_lr,
-                      batch_size=SFT_BATCH if toy else args.batch_size,
-                      seed=args.seed, accumulate=args.accumulate)
-        checkpoints.save_model(reference, sft_file, tokenizer=args.tokenizer)
+            with precision:
+                train_sft(reference, texts, run, epochs=args.sft_epochs, lr=args.sft_lr,
+                          batch_size=SFT_BATCH if toy else args.batch_size,
+                          seed=args.seed, accumulate=args.accumulate)
+        checkpoints.save_model(reference, sft_file, flags=run.flags)
     reference.eval().requires_grad_(False)
 
     # 2. What the reference thinks of the data, once and for all.
-    ref_logps = reference_logps(reference, examples, 512 if toy else args.batch_size)
+    at_once = 512 if toy else math.ceil(args.batch_size / args.accumulate)
+    with precision:
+        ref_logps = reference_logps(reference, examples, at_once)
 
     # 3. DPO. On the toy world plain DPO (Eq. 7 alone) runs first, for comparison: from the same
     # reference, on the same pairs, in the same order.
@@ -216,12 +226,15 @@ def main(argv=None):
             continue
         # the policy's own copy of the weights: the reference must not move with it
         policy = copy.deepcopy(reference).requires_grad_(True)
-        train_dpo(policy, examples, ref_logps, run, stage=stage, ceiling=ceiling,
-                  measure=measure, **stage_settings)
-        checkpoints.save_model(policy, file, tokenizer=args.tokenizer,
+        with precision:
+            train_dpo(policy, examples, ref_logps, run, stage=stage, ceiling=ceiling,
+                      measure=measure, **stage_settings)
+        checkpoints.save_model(policy, file, flags=run.flags,
                                reference=checkpoints.fingerprint(reference))
 
     # 4. How good is the policy?
+    if not processes.leave():
+        return
     summary = evaluate.report(args.out_dir, device)
     from support import figures  # only here: it chooses matplotlib's backend
     figures.draw_run(args.out_dir, summary)
@@ -231,10 +244,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a sample may hold a character the terminal lacks
-    try:
-        main()
-    except data.DataError as error:
-        raise SystemExit(f"error: {error}")
-    except KeyboardInterrupt:
-        raise SystemExit("\nInterrupted. The same command with --resume continues.")
+    command.run(main)

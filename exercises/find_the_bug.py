@@ -38,6 +38,7 @@ from lab import tabular
 from support import preferences, trie
 from support.checkpoints import load_model, save_model
 from support.files import read_jsonl
+from support.flags import writable
 from support.run import Run, load_run
 from support.show import sample_answers
 
@@ -390,16 +391,19 @@ def list_all():
     print("\nOne of them: python -m exercises.find_the_bug 7")
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("number", type=int, nargs="?", help="which bug; without it, the list")
-    parser.add_argument("--hint", action="store_true", help="where to look")
-    parser.add_argument("--copy", metavar="DIR", type=Path,
-                        help="write the buggy file into this folder; never over another file")
-    parser.add_argument("--reveal", action="store_true", help="which bug it was")
-    args = parser.parse_args()
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--hint", action="store_true", help="where to look")
+    one.add_argument("--copy", metavar="DIR", type=writable,
+                     help="write the buggy file into this folder; never over another file")
+    one.add_argument("--reveal", action="store_true", help="which bug it was")
+    args = parser.parse_args(argv)
     if args.number is None:
+        if args.hint or args.copy or args.reveal:
+            parser.error("give the number of a bug, as in: 7 --hint")
         list_all()
     elif args.reveal:
         print(reveal(args.number))

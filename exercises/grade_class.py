@@ -22,6 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from exercises.grading import FUNCTIONS, ROOT, grade_file, new_verdict, short, told
+from support.flags import number
 
 IGNORED = {"__MACOSX", "__pycache__"}  # and what begins with a point
 
@@ -240,18 +241,18 @@ def main(argv=None):
                         help="the points of each function (default: exercises/points.toml)")
     parser.add_argument("--gradescope", action="store_true",
                         help="also write Gradescope's results.json for each student")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="how many at once")
-    parser.add_argument("--seconds", type=float, default=10, help="for one proof (default: 10)")
-    parser.add_argument("--longest", type=float, default=120,
+    parser.add_argument("--jobs", type=number(int, 1, 1000), default=os.cpu_count(),
+                        help="how many at once")
+    parser.add_argument("--seconds", type=number(float, 0.1, 86_400), default=10,
+                        help="for one proof (default: 10)")
+    parser.add_argument("--longest", type=number(float, 0.1, 86_400), default=120,
                         help="seconds for one student; a longer one keeps what is judged by then "
                              "(default: 120)")
-    parser.add_argument("--gigabytes", type=float, default=4,
+    parser.add_argument("--gigabytes", type=number(float, 0.5, 1_000_000), default=4,
                         help="of memory for one student, on Linux (default: 4)")
-    parser.add_argument("--seed", type=int, default=0, help="the seed of the proofs (default: 0)")
+    parser.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0,
+                        help="the seed of the proofs (default: 0)")
     args = parser.parse_args(argv)
-    for name in ("jobs", "seconds", "longest", "gigabytes"):
-        if not getattr(args, name) > 0:
-            parser.error(f"--{name} {getattr(args, name)}: must be positive")
     grade_class(args)
 
 

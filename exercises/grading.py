@@ -15,6 +15,7 @@ own. There are three verdicts on each function. They stand apart:
 
 A file is graded in a process of its own, exercises/judge.py, which may hang or end.
 """
+import argparse
 import ast
 import contextlib
 import inspect
@@ -300,6 +301,12 @@ def grade(**functions):
     return complete(judge.verdicts)
 
 
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Prints the empty functions, to begin anew.")
+    parser.parse_args(argv)
+    print(stubs(), end="")
+
+
 if __name__ == "__main__":
     sys.stdout.reconfigure(encoding="utf-8")
-    print(stubs(), end="")
+    main()

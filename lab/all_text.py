@@ -10,6 +10,7 @@ import torch
 
 import evaluate
 import world
+from support import command
 from support.own_data import sample_metrics
 from support.run import load_toy_run
 
@@ -36,10 +37,10 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dir", type=Path, nargs="+", help="folders of finished toy runs")
     args = parser.parse_args(argv)
+    runs = [load_toy_run(folder) for folder in args.dir]  # all of them, before half a minute each
     print(f"{'run':<8}{'policy':<8}{'KL, at least':>13}{'KL, estimated':>18}{'J, at most':>12}"
           f"{'J, estimated':>18}")
-    for folder in args.dir:
-        flags, tokenizer, models = load_toy_run(folder)
+    for folder, (flags, tokenizer, models) in zip(args.dir, runs):
         torch.manual_seed(flags["seed"])
         beta, reference = flags["beta"], models.pop("sft")
         for name, policy in models.items():
@@ -50,4 +51,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main, again="The same command starts again.")

@@ -6,7 +6,6 @@ What the table needs is trained from the run's own reference and pairs, and kept
 measurements are exact, on held-out prompts. They go to DIR/rlhf.json, the figure to DIR/rlhf.png.
 """
 import argparse
-import sys
 import time
 from dataclasses import asdict
 
@@ -19,9 +18,11 @@ from lab import baselines, tabular, work
 from lab.finished import Finished
 from lab.judges import all_scores, judge_quality
 from rlhf import Settings, learn, train_reward_model
-from support import checkpoints, figures, show
+from support import checkpoints, command, figures, show
 from support.files import read_jsonl, write_json
-from support.run import Run, pick_device
+from support.flags import number
+from support.machine import device, pick_device
+from support.run import Run
 
 TITLES = {
     "reference": "reference (SFT)",
@@ -238,14 +239,13 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dir", help="the folder of a finished toy run of train.py")
-    parser.add_argument("--samples", type=int, default=Settings.samples,
+    parser.add_argument("--samples", type=number(int, Settings.batch_size, 10_000_000),
+                        default=Settings.samples,
                         help="responses generated in each policy learning; more of them come "
                              "closer to the optimum and take longer (default: %(default)s)")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="cpu",
+    parser.add_argument("--device", metavar="{auto,cpu,cuda,mps}", type=device, default="cpu",
                         help="for a model this small the CPU is the fastest (default: cpu)")
     args = parser.parse_args(argv)
-    if args.samples < Settings.batch_size:
-        parser.error(f"--samples {args.samples} must be at least {Settings.batch_size}, one batch")
     run = Finished(args.dir, pick_device(args.device))
     asked = {"samples": args.samples, "beta": run.beta}
     learning = asdict(Settings(**asked))
@@ -268,5 +268,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a sample may hold a character the terminal lacks
-    main()
+    command.run(main, again="The same command goes on with what is missing.")

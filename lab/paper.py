@@ -27,7 +27,7 @@ from lab.compare import TITLES, best_of
 from lab.judges import all_scores
 from lab.seeds import over_seeds, result, select
 from rlhf import MAX_NEW_TOKENS, Settings, by_model, learn, train_reward_model
-from support import figures
+from support import command, figures
 from support.files import atomic, read_jsonl
 from support.flags import TOY
 from support.run import Run
@@ -796,4 +796,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main, again="The same command goes on with what is missing.")

@@ -6,7 +6,9 @@ It runs train.py for three seeds, with the default objective and with other reme
 the summaries. How much of its text plain DPO keeps well-formed differs so much from run to run
 that it is measured for eight seeds. Runs are kept in out/results and are not run again.
 """
+import argparse
 import shutil
+import sys
 
 from lab.seeds import ROOT, SEEDS, train
 from support.files import write_json
@@ -25,7 +27,10 @@ def summaries(name, flags=(), seeds=SEEDS):
     return [train(folder / f"{name}-{seed}", "--seed", str(seed), *flags) for seed in seeds]
 
 
-def main():
+def main(argv=()):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(argv)
     results = {"default": summaries("default"), "remedies": {}}
     for figure in ("frontier.png", "curves.png"):
         shutil.copy(ROOT / "out" / "results" / "default-0" / figure, ROOT / "docs" / figure)
@@ -38,4 +43,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -15,9 +15,11 @@ def toy_trie():
 
 
 def exact_logps(model, prompts):
-    """log pi(y|x) of every well-formed response to every prompt, (P, N) float64."""
+    """log pi(y|x) of every well-formed response to every prompt, (P, N) float64. The model computes
+    in the type of its weights, also in the middle of a training in bfloat16."""
     tokenizer = get_tokenizer("toy")
-    rows = [toy_trie().logps(model, tokenizer.encode_ordinary(x)) for x in prompts]
+    with torch.autocast(next(model.parameters()).device.type, enabled=False):
+        rows = [toy_trie().logps(model, tokenizer.encode_ordinary(x)) for x in prompts]
     return torch.stack(rows)
 
 

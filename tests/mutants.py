@@ -43,10 +43,15 @@ TESTS = {
                        "4_variants", "2_loss_and_gradient"),
     "support/trie.py": ("trie", "world"),
     "support/run.py": ("run",),
-    "support/checkpoints.py": ("model",),
-    "support/preferences.py": ("data",),
+    "support/files.py": ("checkpoints",),
+    "support/command.py": ("command", "run"),
+    "support/checkpoints.py": ("checkpoints",),
+    "support/flags.py": ("flags",),
+    "support/machine.py": ("flags",),
+    "support/preferences.py": ("data", "hugging_face"),
     "support/own_data.py": ("own_data",),
-    "support/gpt2.py": ("model",),
+    "support/gpt2.py": ("gpt2",),
+    "lab/export.py": ("export",),
 }
 
 

@@ -9,12 +9,22 @@ import re
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import data
+import fuzz_files
 import world
 from conftest import ROOT
 from data import DataError, Example, Pair, collate, load_preferences
-from support.preferences import leave_out_equal, save_preferences, show, split, split_by_prompt
+from support import preferences
+from support.preferences import (
+    digest,
+    hold_out,
+    leave_out_equal,
+    read_rows,
+    save_preferences,
+    show,
+)
 
 TOY = data.get_tokenizer("toy")
 
@@ -262,15 +272,35 @@ def test_plain_form_in_every_container(tmp_path):
     with gzip.open(tmp_path / "a.jsonl.gz", "wt", encoding="utf-8") as f:
         f.write("\n".join(map(json.dumps, rows)))
     assert load_preferences(tmp_path / "a.jsonl.gz") == expected
-    # a file that begins with a byte order mark and ends its lines as Windows does
-    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(ROW).encode() + b"\r\n")
-    assert load_preferences(tmp_path / "bom.jsonl") == expected[:1]
+    # a byte order mark, the line ends of Windows, and empty lines
+    lines = [b"\xef\xbb\xbf", json.dumps(rows[0]).encode(), b" ", json.dumps(rows[1]).encode()]
+    (tmp_path / "bom.jsonl").write_bytes(b"\r\n".join([lines[0] + lines[1], *lines[2:], b""]))
+    assert load_preferences(tmp_path / "bom.jsonl") == expected
+    assert [p.where[-6:] for p in load_preferences(tmp_path / "bom.jsonl")] == ["line 1", "line 3"]
+    (tmp_path / "bom.json").write_bytes(lines[0] + b"[" + lines[1] + b",\r\n\r\n" + lines[3] + b"]")
+    assert load_preferences(tmp_path / "bom.json") == expected
+    assert [p.where[-6:] for p in load_preferences(tmp_path / "bom.json")] == ["item 1", "item 2"]
 
 
-def test_line_separators_inside_a_string_do_not_end_the_line(tmp_path):
-    row = {"prompt": "a\u2028b\x85c", "chosen": "c", "rejected": "r"}
-    file = write(tmp_path / "a.jsonl", json.dumps(row, ensure_ascii=False))
-    assert load_preferences(file)[0].prompt == row["prompt"]
+@pytest.mark.parametrize("text", [
+    "a\u2028b\x85c\x0bd\x1ce",  # Python takes these for line ends, a file does not
+    "\0", "a\0b", "\ufeff", "\U0001f469\u200d\U0001f680", "\u05e9\u05dc\u05d5\u05dd \u202etxt",
+    "<|endoftext|>", "x" * 499_999, "\t" * 100_000 + "x",
+])
+def test_any_text_comes_through_as_it_is(tmp_path, text):
+    """In the file, as characters and as JSON's escapes, and in the tokens of both tokenizers. No
+    text holds EOS but at the end of a response, not even the text that spells it."""
+    row = {"prompt": text, "chosen": "c" + text, "rejected": "r" + text}
+    for ascii in (True, False):
+        file = write(tmp_path / "a.jsonl", json.dumps(row, ensure_ascii=ascii))
+        pair, = load_preferences(file)
+        assert pair == Pair(**row)
+    for name in ("toy", "gpt2") if os.environ.get("TIKTOKEN_CACHE_DIR") else ("toy",):
+        tokenizer = data.get_tokenizer(name)
+        (example,), _ = data.tokenize([pair], tokenizer)
+        for ids, wanted in ((example.prompt, text), (example.chosen[:-1], row["chosen"])):
+            assert tokenizer.decode(ids) == wanted
+            assert tokenizer.eot_token not in ids
 
 
 @pytest.mark.parametrize("row, expected", [
@@ -288,6 +318,16 @@ def test_line_separators_inside_a_string_do_not_end_the_line(tmp_path):
     ({"prompt": "Hi", "chosen": [user("Hi"), assistant("yes")],
       "rejected": [user("Hi"), assistant("no")]},
      (HI, " yes", " no")),
+    # ... inside both answers and apart as well; called "messages"; one object instead of a list
+    ({"prompt": [user("Hi")], "chosen": [user("Hi"), assistant("yes")],
+      "rejected": [user("Hi"), assistant("no")]}, (HI, " yes", " no")),
+    ({"messages": [user("Hi")], "chosen": assistant("yes"), "rejected": assistant("no")},
+     (HI, " yes", " no")),
+    ({"prompt": user("Hi"), "messages": "ignored", "chosen": [assistant("yes")],
+      "rejected": assistant("no")}, (HI, " yes", " no")),
+    ({"prompt": [{"role": "system", "content": "Be brief."}, user("Hi")],
+      "chosen": [assistant("yes")], "rejected": [assistant("no")]},
+     ("\n\nSystem: Be brief." + HI, " yes", " no")),
     # the same answer twice is still an answer
     ({"chosen": [user("Hi"), assistant("yes")], "rejected": [user("Hi"), assistant("yes")]},
      (HI, " yes", " yes")),
@@ -302,35 +342,131 @@ def test_dialogue_forms(tmp_path, row, expected):
     ("[1, 2]", "not an object"),
     ({"prompt": "p", "chosen": "c"}, "no 'rejected'"),
     ({"prompt": "p"}, "no 'chosen'"),
-    (ROW | {"chosen": None}, "chosen is None"),
-    (ROW | {"prompt": 3}, "prompt is 3"),
-    (ROW | {"prompt": None}, "prompt is None"),
-    (ROW | {"rejected": "  "}, "rejected is empty"),
+    (ROW | {"chosen": None}, r"chosen is neither a text.*\(None\)"),
+    (ROW | {"prompt": 3}, r"prompt is neither a text.*\(3\)"),
+    (ROW | {"prompt": None}, r"prompt is neither a text.*\(None\)"),
+    (ROW | {"prompt": math.nan}, r"prompt is neither a text.*\(nan\)"),
+    (ROW | {"prompt": 3, "chosen": [assistant("c")], "rejected": [assistant("r")]}, "prompt is"),
+    (ROW | {"rejected": "  "}, r"rejected is empty \('  '\)"),
+    (ROW | {"chosen": "x" * 500_001}, "chosen has more than 500,000 characters"),
     ({"prompt": "", "chosen": "", "rejected": "r"}, "prompt is empty"),
     (ROW | {"chosen": "c\ud800"}, "chosen holds half of a surrogate"),
     (ROW | {"rejected": "\udfffr"}, "rejected holds half of a surrogate"),
     ({"chosen": "abc", "rejected": "xyz"}, "do not begin alike"),
-    (ROW | {"chosen": [assistant("c")]}, "chosen is"),
-    ({"chosen": [{"role": "bot", "content": "x"}], "rejected": ["r"]}, "message {'role': 'bot'"),
-    ({"chosen": [assistant("c")], "rejected": ["r"]}, "message 'r'"),
+    (ROW | {"chosen": [assistant("c")]}, "chosen is neither a text"),
+    (ROW | {"rejected": [assistant("r")]}, "rejected is neither a text"),
+    ({"chosen": [{"role": "bot", "content": "x"}], "rejected": ["r"]}, "message .*'role': 'bot'"),
+    ({"chosen": [{"role": [], "content": "x"}], "rejected": ["r"]}, r"message .*'role': \[\]"),
+    ({"chosen": [{"from": "human", "value": "x"}], "rejected": ["r"]}, "message is not {'role'"),
+    ({"chosen": [assistant("c")], "rejected": ["r"]}, r"message .*\('r'\)"),
     ({"chosen": [assistant(3)], "rejected": [assistant("r")]}, "message .*'content': 3"),
     ({"prompt": [user(4)], "chosen": [assistant("c")], "rejected": [assistant("r")]},
      "message .*'content': 4"),
     ({"prompt": "Bye", "chosen": [user("Hi"), assistant("y")],
-      "rejected": [user("Hi"), assistant("n")]}, "prompt 'Bye'"),
-    ({"prompt": "y", "chosen": [assistant("y")], "rejected": [assistant("n")]}, "prompt 'y'"),
+      "rejected": [user("Hi"), assistant("n")]}, r"prompt is not the message before .*\('Bye'\)"),
+    ({"prompt": "y", "chosen": [assistant("y")], "rejected": [assistant("n")]},
+     r"prompt is not the message before .*\('y'\)"),
+    ({"chosen": [], "rejected": []}, "chosen must end in exactly one assistant"),
     ({"chosen": [assistant("y")], "rejected": [assistant("n")]}, "no prompt message"),
     ({"prompt": [user("Hi")], "chosen": [assistant("y"), user("and?")],
       "rejected": [assistant("n"), user("and?")]}, "chosen must end in exactly one assistant"),
     ({"chosen": [user("Hi"), assistant("y")],
       "rejected": [user("Hi"), assistant("y"), user("and?")]},
      "rejected must end in exactly one assistant"),
+    # what JSON allows, or Python's reader of it
+    ("[" * 100_000, r"nested too deeply \(more brackets"),
+    ("\ufeff" + json.dumps(ROW), "not JSON .*BOM"),  # not at the beginning of the file
+    ('{"chosen": ' + "9" * 5000 + "}", "a number with thousands of digits"),
+    ('{"prompt": "p", "chosen": "c", "rejected": "r", "chosen": "d"}', r"twice \('chosen'\)"),
+    # another name of a column; a misspelt prompt must not make a dialogue of the row
+    ({"promt": "p", "chosen": "p c", "rejected": "p r"},
+     r"no 'prompt' \(the keys are .*; rename 'promt' to 'prompt', or remove it\)"),
+    ({" Prompt": "p", "chosen": "p c", "rejected": "p r"}, "rename ' Prompt' to 'prompt'"),
+    ({"question": "p", "query": "p", "chosen": "p c", "rejected": "p r"},
+     r"; rename 'question' to 'prompt', or remove it\)"),
+    ({"prompt": "p", "Chosen": "c", "rejected": "r"}, "no 'chosen'.* rename 'Chosen' to 'chosen'"),
+    ({"prompt": "p", "winner": "c", "loser": "r"}, "no 'chosen'.* rename 'winner' to 'chosen'"),
+    ({"prompt": "p", "chosen": "c", "loser": "r"}, "no 'rejected'.* rename 'loser' to 'rejected'"),
+    ({"prompt": "p", "text": "c", "rejected": "r"}, r"no 'chosen' \([^;]*\)"),
+    (ROW | {"input": "A text."}, "'input' would be lost"),
+    (ROW | {"system": "Be brief."}, "'system' would be lost.*'Be brief.'.* in front of the prompt"),
 ])
 def test_a_bad_row_is_named_with_file_line_and_value(tmp_path, row, message):
     path = write(tmp_path / "bad.jsonl", ROW, "", row)
     with pytest.raises(DataError, match=message) as error:
         load_preferences(path)
-    assert "bad.jsonl, line 3" in str(error.value), "blank lines count as lines"
+    assert f"{path}, line 3: " in str(error.value), "blank lines count as lines"
+    assert "Repair it, or add --skip-bad-rows" in str(error.value)
+    assert len(str(error.value)) < 500 + len(str(path)), "a long value must be cut"
+    bad = {}
+    rows = list(read_rows(path, skip_bad_rows=True, bad=bad))
+    assert rows == [(1, *ROW.values())] and [numbers for _, numbers in bad.values()] == [[3]]
+
+
+def test_columns_that_are_like_the_three_are_no_obstacle(tmp_path):
+    """The columns of UltraFeedback, and the dialogue form beside an id."""
+    row = ROW | {"prompt_id": "1", "messages": [], "score_chosen": 1, "system": ""}
+    file = write(tmp_path / "a.jsonl", row, {"chosen": "a b", "rejected": "a c", "prompt_id": 1})
+    assert load_preferences(file) == [Pair("p", "c", "r"), Pair("a", " b", " c")]
+
+
+def test_all_bad_rows_are_listed_at_once_by_reason(tmp_path):
+    """How many of how many, the first five lines of each reason, and what the first one holds."""
+    empty, good = ROW | {"chosen": ""}, [ROW] * 1200
+    path = write(tmp_path / "a.jsonl", *[empty] * 7, "oops", *good, "{}", empty)
+    with pytest.raises(DataError) as error:
+        load_preferences(path)
+    assert str(error.value) == (
+        f"{path}: 10 of 1,210 rows cannot be used.\n"
+        "  8: chosen is empty (''), lines 1, 2, 3, 4, 5, ...\n"
+        "  1: not JSON (Expecting value at character 1 of 'oops'), line 8\n"
+        "  1: no 'chosen' (the keys are []), line 1209\n"
+        "Repair them, or add --skip-bad-rows, which leaves out and counts what cannot be used.")
+    assert [n for n, *_ in read_rows(path, skip_bad_rows=True)] == list(range(9, 1209))
+
+
+def test_a_file_without_a_usable_row_is_an_error(tmp_path):
+    """Also where bad rows are skipped. After a hundred of them a file is read no further, unless
+    they are to be skipped."""
+    path = write(tmp_path / "a.jsonl", *[{"q": "p", "chosen": "c"}] * 300)
+    with pytest.raises(DataError) as error:
+        load_preferences(path)
+    assert str(error.value).startswith(f"{path}: the first 100 rows cannot be used.\n"
+                                       "  100: no 'rejected' (the keys are ['q', 'chosen'])")
+    with pytest.raises(DataError, match="300 of 300 rows cannot be used.\n.*\nRepair them.$"):
+        list(read_rows(path, skip_bad_rows=True))
+    write(path, *[{}] * 100, ROW)
+    with pytest.raises(DataError, match="the first 100 .*\n.*\n.* add --skip-bad-rows"):
+        load_preferences(path)
+    assert list(read_rows(path, skip_bad_rows=True)) == [(101, *ROW.values())]
+
+
+def test_a_file_is_read_as_a_stream(tmp_path):
+    """The first rows are there before the last lines are read, which here are no gzip."""
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps(ROW).encode() + b"\n") + b"no gzip")
+    rows = read_rows(path)
+    assert next(rows) == (1, "p", "c", "r")
+    with pytest.raises(DataError, match="cannot be read"):
+        next(rows)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_the_bar_counts_the_bytes_of_the_file(tmp_path, monkeypatch, name):
+    """After the last line they are all counted. gzip's are those of the packed file."""
+    content = b"".join(json.dumps(ROW | {"prompt": f"{i}"}).encode() + b"\n" for i in range(5000))
+    content = gzip.compress(content) if name.endswith(".gz") else content
+    (tmp_path / name).write_bytes(content)
+    bars = []
+
+    def bar(**settings):  # it is shown after two seconds
+        assert settings == {"desc": "    read", "total": len(content), "unit": "B",
+                            "unit_scale": True, "delay": 2, "dynamic_ncols": True}
+        bars.append(tqdm(**settings))
+        return bars[-1]
+    monkeypatch.setattr(preferences, "tqdm", bar)
+    assert len(load_preferences(tmp_path / name)) == 5000
+    assert [bar.n for bar in bars] == [len(content)]
 
 
 def test_a_value_is_shown_with_at_most_60_characters():
@@ -342,8 +478,12 @@ def test_a_value_is_shown_with_at_most_60_characters():
     ("a.csv", b"prompt,chosen", "must end in"),
     ("a.jsonl", b"", "holds no pairs"),
     ("a.json", b"{}", "array"),
-    ("a.json", b'[{"prompt": "p", "chosen": "c", "rejected": "r"}, 3]', "item 2: 3 is not"),
-    ("a.jsonl", b'{"prompt": "\xff"}', "0xff"),
+    ("a.json", b"{", "not JSON .* for one object a line, name it .jsonl"),
+    ("a.json", b"[" * 100_000, "nested too deeply"),
+    ("a.json", b'[{"prompt": "p", "chosen": "c", "rejected": "r"}, 3]', "item 2: not an object"),
+    ("a.json", b'[{"chosen": "c", "chosen": "c"}, 3]', r"twice \('chosen'\), item 1\n.*item 2"),
+    ("a.json", b'[\n{"prompt": "\xff"}]', "byte 0xff at position 15; save the file as UTF-8"),
+    ("a.jsonl", b'\n{"prompt": "\xff"}', "line 2: not UTF-8 .byte 0xff at position 13"),
     ("a.jsonl.gz", b"not gzip", "cannot be read"),
     ("a.jsonl.gz", gzip.compress(b"{}")[:-1], "cannot be read"),
     ("a.jsonl.gz", gzip.compress(b"{}")[:10] + b"\xff", "cannot be read"),
@@ -366,24 +506,29 @@ def test_pairs_without_a_difference_are_set_aside():
 
 
 def test_split_keeps_a_prompt_on_one_side():
-    pairs = [Pair(f"prompt {i % 20}", f"c{i}", "r") for i in range(100)]
-    train, held_out = split_by_prompt(pairs, seed=0)
-    assert len(train) == 90 and len(held_out) == 10, "a tenth of the prompts is held out"
-    assert not {p.prompt for p in train} & {p.prompt for p in held_out}
-    # which prompts are held out does not depend on the order of the pairs
-    train_2, held_out_2 = split_by_prompt(pairs[::-1], seed=0)
-    assert (train_2[::-1], held_out_2[::-1]) == (train, held_out)
-    assert [len(split_by_prompt(pairs[:n], seed=0)[1]) for n in (10, 15, 20)] == [1, 2, 2]
-    with pytest.raises(DataError, match="bring more prompts"):
-        split_by_prompt(pairs[:5], seed=0)
+    prompts = [digest(f"prompt {i % 20}") for i in range(100)]
+    held_out = hold_out(prompts, 0, "mine.jsonl")
+    assert held_out.sum() == 10, "a tenth of the prompts is held out"
+    sides = [{x for x, out in zip(prompts, held_out) if out == side} for side in (False, True)]
+    assert len(sides[0]) == 18 and len(sides[1]) == 2 and not sides[0] & sides[1]
+    # which prompts are held out depends on the seed, and not on the order of the pairs
+    assert hold_out(prompts[::-1], 0, "")[::-1].tolist() == held_out.tolist()
+    assert hold_out(prompts, 1, "").tolist() != held_out.tolist()
+    assert [hold_out(prompts[:n], 0, "").sum() for n in (10, 15, 20)] == [1, 2, 2]
+    with pytest.raises(DataError, match="mine.jsonl: 5 different prompts .*bring more prompts"):
+        hold_out(prompts[:5], 0, "mine.jsonl")
 
 
-def test_split_leaves_out_pairs_without_a_difference():
-    """What train.py does with a user's pairs: equal ones are left out first, then a tenth of the
-    prompts is held out."""
-    pairs = [Pair(f"prompt {i}", "c", "r") for i in range(20)]
-    equal = Pair("prompt 0", "c", "c")
-    assert split(pairs + [equal], seed=4) == (*split_by_prompt(pairs, seed=4), [equal])
+def test_a_digest_is_eight_bytes_of_blake2b():
+    """By another program: printf 'naïve' | b2sum -l 64. As a signed integer of 64 bits."""
+    assert digest("naïve") == 0xbef26892eeeb4cdc - 2 ** 64
+
+
+def test_no_file_ends_in_a_traceback():
+    """300 files from tests/fuzz_files.py, which says what is asserted. Run by hand, it makes as
+    many as one likes."""
+    counts = fuzz_files.fuzz(300, seed=0, tokenizers=[TOY])
+    assert 100 < counts["accepted"] < 250, "good files and broken ones both must come"
 
 
 def test_the_shared_file_of_real_pairs():

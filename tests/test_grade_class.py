@@ -193,4 +193,4 @@ def test_nothing_is_overwritten_and_bad_arguments_are_named(tmp_path, capsys):
     assert out.read_text(encoding="utf-8") == "mine"
     with pytest.raises(SystemExit):
         grade_class.main([work, "--out", "a.csv", "--jobs", "0"])
-    assert "--jobs 0: must be positive" in capsys.readouterr().err
+    assert "--jobs: 0 must be at least 1" in capsys.readouterr().err

@@ -118,7 +118,7 @@ def test_the_toy_run_step_by_step(notes, tmp_path, capsys):
 
     for name, want in (("sft", 1), ("plain", 1 + 3), ("dpo", 1 + 4)):
         saved, facts = checkpoints.load_model(out / f"{name}.pt")
-        assert bias(saved) == want and facts["tokenizer"] == "toy", name
+        assert bias(saved) == want and facts["flags"] == read_json(out / "flags.json"), name
         if name != "sft":
             assert facts["reference"] == checkpoints.fingerprint(reference)
     assert notes[4][1] == [out, "cpu"] and notes[5][1][0] == out

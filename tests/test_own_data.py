@@ -4,13 +4,14 @@ import hashlib
 import json
 import math
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import data
 from model import GPT, GPTConfig
-from support import checkpoints, own_data, preferences
+from support import checkpoints, own_data
 from tools import assert_same
 
 TOKENIZER = data.get_tokenizer("toy")
@@ -30,7 +31,14 @@ def write(path, rows):
 
 
 def held_out_prompts(rows, seed):
-    return {p.prompt for p in preferences.split([data.Pair(*row) for row in rows], seed)[1]}
+    """By hand: the prompts in the order of their digests, shuffled, and a tenth of them taken."""
+    names = {}
+    for prompt, chosen, rejected in rows:
+        if chosen != rejected:
+            hashed = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
+            names[int.from_bytes(hashed, "big", signed=True)] = prompt
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
+    return {names[sorted(names)[i]] for i in order[:round(len(names) / 10)]}
 
 
 # ---- Before the training
@@ -38,8 +46,8 @@ def held_out_prompts(rows, seed):
 ROWS = [(f"{i:02}?", f"yes {i}", f"no, {i}!") for i in range(40)]
 
 
-def load(path, max_length=30):
-    return own_data.load(path, TOKENIZER, max_length, seed=3)
+def load(path, max_length=30, **options):
+    return own_data.load(path, TOKENIZER, max_length, seed=3, **options)
 
 
 def test_what_is_trained_on_and_what_is_left_out(tmp_path, capsys):
@@ -50,19 +58,26 @@ def test_what_is_trained_on_and_what_is_left_out(tmp_path, capsys):
     [*_, tried] = [i for i, row in enumerate(ROWS) if row[0] in held_out]
     rows = list(ROWS)
     for i in (*train[2:4], tried):
-        rows[i] = (rows[i][0], "x " * 20, "no")
+        rows[i] = (rows[i][0], "x " * (20 if i == train[2] else 18), "no")
     path = write(tmp_path / "mine.jsonl", rows)
     texts, examples = load(path)
     want = [rows[i] for i in train if i not in train[2:4]]
     assert [(e.prompt, e.chosen, e.rejected) for e in examples] == [
         (encode(x), encode(w) + [EOS], encode(l) + [EOS]) for x, w, l in want]
-    assert texts == [(e.prompt, e.chosen) for e in examples], "the reference learns the chosen"
+    assert list(texts) == [(e.prompt, e.chosen) for e in examples], "the chosen are learned"
+    assert len(texts) == len(examples) == len(want)
+    assert [examples.where(i) for i in range(len(want))] == [
+        f"{path}, line {i + 1}" for i in train if i not in train[2:4]]
+    fitting = [encode(x + w + l) for x, w, l in rows if "x x" not in w]
+    assert len(examples.tokens) == sum(len(ids) + 2 for ids in fitting), "others take no memory"
+    assert examples[-1] == list(examples)[-1] and texts.where(0) == examples.where(0)
     assert capsys.readouterr().out == (
         f"{path}: 40 pairs; 36 to train on, 4 held out (by prompt)\n"
         "Left out: 2 train pairs are longer than --max-length 30 tokens "
-        f"({path}, line {train[2] + 1}, ...)\n"
+        f"(lines {train[2] + 1}, {train[3] + 1}; the longest of the file has 44)\n"
         "Left out: 1 held-out pairs are longer than --max-length 30 tokens "
-        f"({path}, line {tried + 1})\n")
+        f"(line {tried + 1}; the longest of the file has 44)\n")
+    assert len(encode(ROWS[0][0] + "x " * 20)) + 1 == 44
 
 
 @pytest.mark.parametrize("equal", [0, 1, 2])
@@ -71,10 +86,40 @@ def test_pairs_that_teach_nothing_are_left_out(tmp_path, capsys, equal):
     path = write(tmp_path / "mine.jsonl", rows)
     assert len(load(path)[1]) == 36
     left_out = (f"Left out: {equal} rows have chosen == rejected and can teach nothing "
-                f"({path}, line 41{', ...' if equal > 1 else ''})\n")
+                f"({'lines 41, 42' if equal > 1 else 'line 41'})\n")
     out = capsys.readouterr().out
     assert out == (f"{path}: {40 + equal} pairs; 36 to train on, 4 held out (by prompt)\n"
                    + (left_out if equal else ""))
+
+
+def test_repeated_rows_are_kept_and_counted(tmp_path, capsys):
+    """A row repeats another if prompt, chosen and rejected are the same. Then it counts twice."""
+    repeated = next(row for row in ROWS if row[0] not in held_out_prompts(ROWS, 3))
+    x, w, l = repeated
+    path = write(tmp_path / "mine.jsonl", [*ROWS, repeated, repeated, (x, l, w), (x, w + l, l)])
+    assert len(load(path)[1]) == 40
+    assert capsys.readouterr().out.endswith(
+        "Kept: 2 rows repeat an earlier one; each counts as often as it stands there\n")
+
+
+def test_bad_rows_end_the_run_or_are_left_out(tmp_path, capsys):
+    path = write(tmp_path / "mine.jsonl", [*ROWS, ("p", "", "no"), ("", "yes", "no")])
+    with pytest.raises(data.DataError, match="2 of 42 rows cannot be used"):
+        load(path)
+    assert len(load(path, skip_bad_rows=True)[1]) == 36
+    assert capsys.readouterr().out == (
+        f"{path}: 40 pairs; 36 to train on, 4 held out (by prompt)\n"
+        "Left out: rows that cannot be used\n"
+        "  1: chosen is empty (''), line 41\n  1: prompt is empty (''), line 42\n")
+
+
+@pytest.mark.parametrize("n_vocab, size", [(2 ** 16, 2), (2 ** 16 + 1, 4)])
+def test_a_token_is_held_in_two_bytes_or_four(tmp_path, monkeypatch, n_vocab, size):
+    """The largest token of the vocabulary still fits. Lists of numbers would need 8 to 36 bytes."""
+    tokenizer = SimpleNamespace(n_vocab=n_vocab, eot_token=n_vocab - 1, encode_ordinary=encode)
+    _, examples = own_data.load(write(tmp_path / "mine.jsonl", ROWS), tokenizer, 30, 3)
+    assert examples.tokens.itemsize == size
+    assert {e.chosen[-1] for e in examples} == {n_vocab - 1}
 
 
 @pytest.mark.parametrize("side", ["train", "held-out"])
@@ -82,8 +127,16 @@ def test_a_side_without_pairs_ends_the_run(tmp_path, side):
     held_out = held_out_prompts(ROWS, 3)
     rows = [(x, "x " * 20 if (x in held_out) == (side == "held-out") else w, l)
             for x, w, l in ROWS]
-    with pytest.raises(data.DataError, match=f"no {side} pair is left. Raise --max-length"):
-        load(write(tmp_path / "mine.jsonl", rows))
+    path = write(tmp_path / "mine.jsonl", rows)
+    with pytest.raises(data.DataError, match=f"no {side} pair is left. .* Raise --max-length") as e:
+        load(path)
+    assert str(path) in str(e.value) and f"{36 if side == 'train' else 4} are" in str(e.value)
+
+
+def test_a_file_of_equal_answers_cannot_be_split(tmp_path):
+    path = write(tmp_path / "mine.jsonl", [("a", "b", "b")])
+    with pytest.raises(data.DataError, match="mine.jsonl: 0 different prompts"):
+        load(path)
 
 
 def gpt(vocab_size=TOKENIZER.n_vocab, block_size=32):
@@ -118,52 +171,80 @@ def test_weights_to_begin_with(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=f"has 9 tokens, --tokenizer toy has {EOS + 1}"):
         own_data.load_init(file, TOKENIZER, 32)
     for where in ("gpt5", tmp_path / "absent.pt"):
-        with pytest.raises(SystemExit, match=f"--init: .*{where}"):
+        with pytest.raises(SystemExit, match=f"--init {where}: "):
             own_data.load_init(where, TOKENIZER, 32)
 
 
 # ---- After the training
 
-def test_what_is_measured_is_what_was_held_out(tmp_path, monkeypatch):
-    """Pairs that the model can read are scored. Prompts that leave a quarter of its block free are
-    answered, in alphabetical order and at most 64 of them, with all the room that the longest
-    leaves. The rest is left to pair_metrics and sample_metrics."""
+@pytest.mark.parametrize("max_length, block", [(40, 60), (50, 40)])
+def test_what_is_measured_is_what_was_held_out(tmp_path, monkeypatch, max_length, block):
+    """Pairs that the run could be trained on, and the model can read, are scored. Prompts that
+    leave a quarter of its block free are answered, in alphabetical order and at most 64 of them,
+    with all the room that the longest leaves. What the file lost is counted. The rest is left to
+    pair_metrics and sample_metrics."""
     rows = []
     for i in range(900):
-        length = {0: 30, 1: 29}.get(i % 10, 10)
+        length = {0: block * 3 // 4, 1: block * 3 // 4 - 1}.get(i % 10, 10)
+        length = min(length, 36)  # as long as pairs of 40 tokens allow
         rows.append((f"{i:03}" + "?" * (length - 3), "yes", "no" + " no" * (10 * (i % 7 == 0))))
-    assert [len(encode(row[0])) for row in rows[:3]] == [30, 29, 10]
     held_out = held_out_prompts(rows, 3)
-    path = write(tmp_path / "mine.jsonl", rows)
-    flags = {"data": str(path), "seed": 3, "beta": 0.5,
-             "data_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    bad = [("", "a", "b")] * 3
+    equal = [("p", "a", "a")] * 2
+    path = write(tmp_path / "mine.jsonl", [*rows, *bad, *equal, rows[1]])
+    flags = {"data": str(path), "seed": 3, "beta": 0.5, "max_length": max_length,
+             "skip_bad_rows": True, "data_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
-    want = []
+    pairs = {}
     for x, w, l in rows:
         pair = data.Example(encode(x), encode(w) + [EOS], encode(l) + [EOS])
-        if x in held_out and len(pair) <= 40:
-            want.append(pair)
-    answered = sorted(x for x in held_out if len(encode(x)) < 30)[:64]
-    assert len(want) < len(held_out) == 90 and max(map(len, map(encode, answered))) == 29
-    assert answered != sorted(x for x in held_out if len(encode(x)) < 30), "64 is not reached"
+        if len(pair) <= 40:
+            pairs[x] = pair
+    want = [pair for x, pair in pairs.items() if x in held_out]
+    fitting = sorted(x for x in pairs if x in held_out and len(encode(x)) < block * 3 / 4)
+    longest = max(len(encode(x)) for x in fitting[:64])
+    assert len(want) < len(held_out) == 90 and 64 < len(fitting)
 
-    def pair_metrics(*args):
-        assert args == ("policy", reference, want, flags, "device")
+    def pair_metrics(policy, ref, examples, *rest):
+        assert (policy, ref, list(examples), rest) == ("policy", reference, want, (flags, "device"))
         return {"loss": (0.5, 0.1)}
 
     def sample_metrics(*args):
-        assert args == ("policy", reference, answered, TOKENIZER, 40 - 29, "device")
+        assert args == ("policy", reference, fitting[:64], TOKENIZER, block - longest, "device")
         return {"kl": (1.5, 0.2)}
     monkeypatch.setattr(own_data, "pair_metrics", pair_metrics)
     monkeypatch.setattr(own_data, "sample_metrics", sample_metrics)
-    reference = gpt(block_size=40)
+    reference = gpt(block_size=block)
     measured = own_data.measure("policy", reference, flags, TOKENIZER, "device")
-    assert measured == ({"held_out_pairs": len(want), "beta": 0.5, "loss": (0.5, 0.1),
-                         "kl": (1.5, 0.2)}, answered)
+    left_out = {"unusable": 3, "equal": 2, "too_long": len(rows) - len(pairs)}
+    assert measured == ({"held_out_pairs": len(want), "beta": 0.5, "left_out": left_out,
+                         "repeated": 1, "loss": (0.5, 0.1), "kl": (1.5, 0.2)}, fitting[:64])
+    json.dumps(measured)  # it is written to a file
 
     path.write_text(path.read_text(encoding="utf-8") + "\n\n", encoding="utf-8")
     with pytest.raises(data.DataError, match="has changed since the run was trained on it"):
         own_data.measure("policy", reference, flags, TOKENIZER, "device")
+
+
+def test_where_every_prompt_is_long_the_shortest_is_answered(tmp_path, monkeypatch):
+    rows = [(f"{i:02}" + "?" * (24 + (i * 7) % 5), "yes", "no") for i in range(40)]
+    shortest = min(held_out_prompts(rows, 3), key=lambda x: (len(x), rows.index((x, "yes", "no"))))
+    path = write(tmp_path / "mine.jsonl", rows)
+    flags = {"data": str(path), "seed": 3, "beta": 0.5, "max_length": 40,
+             "data_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    monkeypatch.setattr(own_data, "pair_metrics", lambda *args: {})
+    asked = []
+    monkeypatch.setattr(own_data, "sample_metrics", lambda *args: asked.append(args[2:5]) or {})
+    _, prompts = own_data.measure("policy", gpt(block_size=32), flags, TOKENIZER, "device")
+    assert asked == [([shortest], TOKENIZER, 32 - len(shortest))] and prompts == [shortest]
+
+
+def test_a_run_without_the_flag_skips_no_row(tmp_path):
+    path = write(tmp_path / "mine.jsonl", [*ROWS, ("", "yes", "no")])
+    flags = {"data": str(path), "seed": 3, "beta": 0.5, "max_length": 40,
+             "data_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    with pytest.raises(data.DataError, match="line 41: prompt is empty"):
+        own_data.measure("policy", gpt(), flags, TOKENIZER, "device")
 
 
 def assert_means(found, columns, tolerance=1e-5):
@@ -263,7 +344,9 @@ def test_the_figures_of_samples_by_plain_sums(monkeypatch):
 
 def test_the_closing_table():
     """Every figure stands in its row, with its error and with what it can be compared with."""
-    summary = {"held_out_pairs": 12, "beta": 0.5, "accuracy": (0.75, 0.125), "loss": (0.625, 0.03),
+    summary = {"held_out_pairs": 12, "beta": 0.5, "repeated": 4,
+               "left_out": {"unusable": 1, "equal": 2, "too_long": 3},
+               "accuracy": (0.75, 0.125), "loss": (0.625, 0.03),
                "margin": (1.5, 0.25), "chosen_reward": (-0.5, 0.2), "rejected_reward": (-2, 0.4),
                "kl": (3.25, 0.5), "tokens": (14.5, math.nan), "ended": (1, 0)}
     assert own_data.table(summary).split("\n") == [
@@ -277,4 +360,5 @@ def test_the_closing_table():
         "KL(policy || reference), nats, sampled           3.250     0.500   0 at the start",
         "tokens a sampled response                       14.500       nan",
         "share that ended in EOS                          1.000     0.000",
+        "left out of the file: 1 unusable, 2 with chosen == rejected, 3 too long; kept: 4 repeated",
     ]

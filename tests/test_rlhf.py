@@ -276,7 +276,7 @@ def test_a_run_without_a_known_optimum_is_refused(finished, tmp_path, flags, mes
 def test_too_few_samples_are_refused_before_anything_is_trained(finished, capsys):
     with pytest.raises(SystemExit):
         rlhf.main([str(finished), "--samples", "511"])
-    assert "--samples 511 must be at least 512" in capsys.readouterr().err
+    assert "--samples: 511 must be at least 512" in capsys.readouterr().err
     assert not (finished / "ppo").exists()
 
 

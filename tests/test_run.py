@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 import data
 import support.run
 from model import GPT, GPTConfig
-from support import checkpoints
-from support.files import atomic, read_json, read_jsonl, write_json
-from support.run import Run, data_sha256, load_run, load_toy_run, lr_at, pick_device, split, start
+from support import checkpoints, command
+from support.files import read_json, read_jsonl, write_json
+from support.run import Run, data_sha256, load_run, load_toy_run, lr_at, split, start
 from tools import assert_same
 
 # ---- Going through a training
@@ -53,7 +53,8 @@ def bars(monkeypatch):
 
     class Bar:
         def __init__(self, **settings):
-            self.settings, self.steps, self.shown = settings, 0, []
+            self.settings, self.steps, self.shown, self.written = settings, 0, [], []
+            self.write = self.written.append
             made.append(self)
 
         def __enter__(self):
@@ -90,6 +91,7 @@ def test_a_training_is_gone_through_step_by_step(tmp_path, monkeypatch, clock, b
     means over the steps since the line before (1e-12), the learning rate and the speed."""
     monkeypatch.setattr(support.run, "LOG_EVERY", 3)
     run, (model, optimizer) = Run(tmp_path / "some" / "where"), one_weight()
+    assert not run.folder.exists(), "nothing is written before the first line"
     Run(run.folder).record(stage="before", step=5, loss=1.0)  # a folder may be there already
     plan = [[5 * i + k * k for k in range(5)] for i in range(11)]
     shown = ("loss", "rewards/margins", "not logged")
@@ -134,18 +136,25 @@ def test_how_often_a_run_logs_and_saves(tmp_path, saved):
     assert saved == [200] and not run.state.exists(), "a finished stage has nothing to continue"
 
 
-def train_a_little(run, plan, interrupted_in=None):
-    """A training of one_weight() on the numbers in plan. Returns the weights in the end."""
+def train_a_little(run, plan, interrupted_in=None, pressed_in=None):
+    """A training of one_weight() on the numbers in plan. Returns the weights in the end.
+    interrupted_in: it dies in this step. pressed_in: Ctrl-C is pressed in this step."""
     model, optimizer = one_weight()
     for step, [(_, numbers)] in run.steps("some", model, optimizer, plan):
+        if step == pressed_in:
+            command.note(None, None)
         loss = (model(torch.tensor(numbers).double()[:, None]) - 3).square().mean()
         optimizer.zero_grad()
         loss.backward()
-        run.log(loss=loss)
+        run.log(loss=loss.float())
         if step == interrupted_in:
             return None
         optimizer.step()
     return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def without_speed(rows):
+    return [row | {"pairs_per_second": None} for row in rows]
 
 
 def test_steps_continue_where_the_state_was_saved(tmp_path, monkeypatch, bars, saved):
@@ -168,29 +177,86 @@ def test_steps_continue_where_the_state_was_saved(tmp_path, monkeypatch, bars, s
         if first == 0:
             assert next(Run(folder).steps("other", *one_weight(), plan))[0] == 0
     assert torch.equal(weights, want), "the continued run comes to other weights"
-    without_speed = []
-    for run in (whole, Run(folder)):
-        rows = read_jsonl(run.metrics)
-        without_speed.append([row | {"pairs_per_second": None} for row in rows])
-    assert without_speed[0] == without_speed[1], "a line is lost, or comes twice"
-    assert len(without_speed[0]) == 1 + 6
+    rows = [without_speed(read_jsonl(run.metrics)) for run in (whole, Run(folder))]
+    assert rows[0] == rows[1], "a line is lost, or comes twice"
+    assert len(rows[0]) == 1 + 6
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
-    """The message says where, with which learning rate, and what can be continued. Other values
-    may be infinite: they move no weight."""
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
+    """Before the weights move. The message says in which step, with which learning rate, and where
+    the rows come from: those of the part whose loss it is, else those of the batch, at most eight.
+    It names state.pt where there is one. Any other value may be infinite: it moves no weight."""
     monkeypatch.setattr(support.run, "SAVE_EVERY", 3)
-    run = Run(tmp_path)
-    for step, _ in run.steps("some", *one_weight(), [[0]] * 8):
-        run.log(loss=math.nan)
+    run = Run(tmp_path, where=lambda i: f"mine.jsonl, line {i + 1}")
+    plan = [[10 * step + i for i in range(9)] for step in range(8)]
+    for step, parts in run.steps("some", *one_weight(), plan, accumulate=3):
+        run.log(1 / 3, loss=0.5)
+        run.log(1 / 3, loss=math.inf if step == 4 else 0.5, accuracy=math.nan)
+        run.log(1 / 3, loss=0.5)
         run.log(grad_norm=torch.tensor(5.0))
         if step in (2, 4):
-            what = "was not saved" if step == 2 else f"is in {run.state}"
             with pytest.raises(SystemExit) as stopped:
                 run.log(grad_norm=torch.tensor((math.nan, math.inf)[step == 4]))
             text = str(stopped.value)
-            assert text.startswith(f"some, step {step}: the gradient is not finite")
-            assert f"than {cosine(step, 8):g}." in text and text.endswith(f" {what}.")
+            at = f"at a learning rate of {cosine(step, 8):g}. The batch: mine.jsonl, line"
+            if step == 2:
+                assert text.startswith(f"some, step 2: the gradient is not finite, {at} 21; ")
+                assert "line 28, ..." in text and "line 29" not in text and "state" not in text
+            else:
+                assert text.startswith(f"some, step 4: the loss is inf, {at} 44; ")
+                assert "line 46. Try a smaller learning rate" in text and "line 47" not in text
+                assert text.endswith(f"which --resume continues, is in {run.state}.")
+                assert run.state.exists()
+
+
+def test_a_loss_that_stays_high_is_said_while_it_happens(tmp_path, monkeypatch, bars):
+    """Once the loss has been above twice that of step 0 for three lines, it is said. It is said
+    again only after it came down. A loss that jumps once, or stays at twice, is no reason."""
+    monkeypatch.setattr(support.run, "LOG_EVERY", 1)
+    losses = [0.7, 1.5, 1.5, 1.4, 1.5, 9, 9, 9, 9, 0.3, 2, 2, 2, 2]
+    run = Run(tmp_path)
+    for step, _ in run.steps("some", *one_weight(), [[0]] * len(losses)):
+        run.log(loss=losses[step])
+    assert [text.split(":")[0] for text in bars[-1].written] == ["some, step 6", "some, step 12"]
+    assert "above 1.4, twice what it was at step 0. Is the learning rate, 0.5 " in (
+        bars[-1].written[0])
+
+
+def test_ctrl_c_ends_the_training_after_its_step(tmp_path, monkeypatch):
+    """In any step, the state is saved, and the run that goes on comes to the same weights and the
+    same lines as one that nobody interrupted, to the bit. Outside of a training, and the second
+    time, Ctrl-C ends at once."""
+    monkeypatch.setattr(support.run, "LOG_EVERY", 4)
+    plan = [[i, i * i % 5] for i in range(9)]
+    whole = Run(tmp_path / "whole")
+    want = train_a_little(whole, plan)
+    for pressed_in in range(8):
+        run = Run(tmp_path / str(pressed_in))
+        monkeypatch.setattr(command, "asked_to_stop", False)
+        with pytest.raises(KeyboardInterrupt):
+            train_a_little(run, plan, pressed_in=pressed_in)
+        assert checkpoints.load(run.state)["step"] == pressed_in + 1
+        assert command.can_wait is False
+        command.asked_to_stop = False
+        assert torch.equal(train_a_little(run, plan), want), f"interrupted in {pressed_in}"
+        rows = [without_speed(read_jsonl(r.metrics)) for r in (whole, run)]
+        assert rows[0] == rows[1]
+    command.can_wait = True
+    command.note(None, None)
+    with pytest.raises(KeyboardInterrupt):
+        command.note(None, None)
+    monkeypatch.setattr(command, "asked_to_stop", False)
+    command.can_wait = False
+    with pytest.raises(KeyboardInterrupt):
+        command.note(None, None)
+
+
+def test_the_state_of_another_run_is_refused(tmp_path):
+    """state.pt knows the flags of its run."""
+    run = Run(tmp_path, flags={"beta": 0.5})
+    checkpoints.save({"flags": {"beta": 1.0}, "stage": "some"}, run.state)
+    with pytest.raises(data.DataError, match="belongs to a run with other flags. Delete it"):
+        next(run.steps("some", *one_weight(), [[0]]))
 
 
 @given(st.integers(1, 60), st.integers(1, 70))
@@ -214,36 +280,17 @@ def test_learning_rate_warms_up_and_goes_to_zero():
     assert rates.index(max(rates)) in (28, 29) and 0 < rates[-1] < 1e-4
 
 
-def test_an_error_while_writing_leaves_the_old_file(tmp_path):
-    """Whoever reads while it is written, or after an error, finds the old content whole."""
-    file = tmp_path / "a.json"
-    write_json({"version": 1}, file)
-    with pytest.raises(KeyboardInterrupt):
-        with atomic(file) as beside:
-            beside.write_text('{"version"', encoding="utf-8")
-            assert read_json(file) == {"version": 1}
-            raise KeyboardInterrupt
-    assert read_json(file) == {"version": 1}
-    with pytest.raises(TypeError):
-        write_json({"version": torch.zeros(1)}, file)
-    assert read_json(file) == {"version": 1}
-    with pytest.raises(KeyboardInterrupt):
-        with atomic(tmp_path / "new.json"):
-            raise KeyboardInterrupt
-    assert not (tmp_path / "new.json").exists()
-    write_json({"version": 2}, file)
-    assert read_json(file) == {"version": 2}
-    assert [f.name for f in tmp_path.iterdir()] == ["a.json"], "something half-written was left"
-
-
 # ---- Starting a run
 
 def test_a_run_is_started_once_and_continued_with_its_flags(tmp_path, capsys):
     """A new folder; an unfinished run without --resume, with other flags, and with its own; and a
-    finished one. Every flag that differs is named with both values."""
+    finished one. Every flag that differs is named with both values. Nothing is written before
+    begin()."""
     folder, flags = tmp_path / "run", {"data": None, "beta": 0.5, "batch_size": 8, "seed": 3}
     run = start(folder, flags, resume=False)
-    assert run.folder == folder and read_json(folder / "flags.json") == flags
+    assert run.folder == folder and run.flags == flags and not folder.exists()
+    run.begin()
+    assert read_json(folder / "flags.json") == flags
     assert capsys.readouterr().out == ""
     with pytest.raises(SystemExit, match="unfinished run. Continue it with --resume"):
         start(folder, flags, resume=False)
@@ -267,26 +314,17 @@ def test_a_run_is_continued_on_the_data_that_it_was_begun_with(tmp_path, monkeyp
     (tmp_path / "mine.jsonl").write_text("a pair", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     flags = {"data": "mine.jsonl", "seed": 3}
-    start(tmp_path / "run", flags, resume=False)
+    start(tmp_path / "run", flags, resume=False).begin()
     assert flags == {"data": "mine.jsonl", "seed": 3}
     kept = {"data": str(tmp_path.resolve() / "mine.jsonl"), "seed": 3,
             "data_sha256": hashlib.sha256(b"a pair").hexdigest()}
     assert read_json(tmp_path / "run" / "flags.json") == kept
     start(tmp_path / "run", flags, resume=True)
     (tmp_path / "mine.jsonl").write_text("another pair", encoding="utf-8")
-    with pytest.raises(SystemExit, match="--data-sha256 was"):
+    with pytest.raises(SystemExit, match="mine.jsonl has changed since the run in .*run began"):
         start(tmp_path / "run", flags, resume=True)
     with pytest.raises(data.DataError, match="absent.jsonl: cannot be read"):
         data_sha256("absent.jsonl")
-
-
-def test_auto_is_the_fastest_device_there_is(monkeypatch):
-    for cuda in (False, True):
-        for mps in (False, True):
-            monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-            monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-            assert pick_device("auto") == ("cuda" if cuda else "mps" if mps else "cpu")
-            assert pick_device("mps") == "mps"
 
 
 # ---- Reading a finished run

@@ -18,7 +18,9 @@ import train
 import world
 from model import GPT, GPTConfig
 from support.files import read_jsonl
+from support.machine import precision_of
 from support.run import Run
+from support.trie import exact_logps
 from tools import assert_same
 
 
@@ -226,6 +228,32 @@ def test_dpo_is_six_steps_by_hand(toy, examples, tmp_path, objective):
         for name in got:
             assert_same(got[name], want[name], 1e-9, what=f"the policy that is measured, {name}")
     assert not policy.training, "dropout must be off: the policy is compared with the reference"
+
+
+def test_a_training_in_bfloat16_is_one_in_float32_but_for_rounding(tmp_path):
+    """24 steps of DPO on toy pairs, in both. In bfloat16 too the first loss is ln 2 (1e-6): the
+    reference was computed in the same way. Weights stay float32. Each logged loss differs by less
+    than 0.03, while the loss falls by more than 0.1. If autocast kept its copy of the weights,
+    every step would see those of the first. The exact measurement is float32 in both."""
+    torch.manual_seed(0)
+    tokenizer = data.get_tokenizer("toy")
+    some, _ = data.tokenize(data.make_preferences(64), tokenizer)
+    reference = GPT(GPTConfig(64, tokenizer.n_vocab, n_layer=1, n_head=2, n_embd=32)).eval()
+    prompts, losses = world.prompts()[1][:1], {}
+    for dtype in ("float32", "bfloat16"):
+        policy = copy.deepcopy(reference)
+        with precision_of(dtype, "cpu"):
+            ref_logps = train.reference_logps(reference, some, 16)
+            train.train_dpo(policy, some, ref_logps, Run(tmp_path / dtype), beta=0.5, epochs=6,
+                            batch_size=16, lr=0.002, seed=0)
+            measured = exact_logps(policy, prompts)
+        assert torch.equal(measured, exact_logps(policy, prompts))
+        assert {p.dtype for p in policy.parameters()} == {torch.float32}
+        losses[dtype] = [row["loss"] for row in read_jsonl(tmp_path / dtype / "metrics.jsonl")]
+        assert losses[dtype][0] == pytest.approx(math.log(2), abs=1e-6)
+        assert losses[dtype][-1] < losses[dtype][0] - 0.1, losses
+    assert losses["float32"] != losses["bfloat16"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], abs=0.03)
 
 
 def test_a_pair_without_a_margin_is_half_right(toy, examples, tmp_path):

@@ -1,8 +1,7 @@
-"""train.py and evaluate.py: the whole run in small, resuming, the assumptions of DPO, users' data,
-and flags that mean nothing. More about a run's folder is proved in test_run.py, and more about
-users' data in test_own_data.py."""
+"""train.py and evaluate.py: the whole run in small, resuming, the assumptions of DPO, and users'
+data. More about a run's folder is proved in test_run.py, more about users' data in
+test_own_data.py, and more about flags in test_flags.py."""
 import copy
-import inspect
 import json
 import math
 import shutil
@@ -18,7 +17,7 @@ import train
 import world
 from dpo import pair_logps
 from model import GPT, GPTConfig
-from support import flags, show
+from support import show
 from support.checkpoints import load_model, save_model
 from support.files import read_jsonl
 from support.run import Run, load_run
@@ -430,44 +429,4 @@ def test_a_row_that_cannot_be_used_ends_the_run_before_training(user_file, tmp_p
     user_file.write_text(text + '\n{"prompt": "x"}', encoding="utf-8")
     with pytest.raises(data.DataError, match="line 41"):
         train.main(["--data", str(user_file), "--out-dir", str(tmp_path / "run")])
-
-
-# ---- Flags
-
-@pytest.mark.parametrize("given_flags, message", [
-    (["--beta", "0"], "beta=0.0"),
-    (["--loss", "cdpo", "--label-smoothing", "0.6"], "0.6"),
-    (["--loss", "robust", "--label-smoothing", "0.5"], "0.5"),
-    (["--loss", "sigmoid", "--label-smoothing", "0.1"], "not defined for --loss sigmoid"),
-    (["--label-smoothing", "0.1"], "not defined for --loss sigmoid"),
-    (["--loss", "ipo", "--label-smoothing", "0.1"], "not defined for --loss ipo"),
-    (["--loss", "hinge", "--label-smoothing", "0.1"], "not defined for --loss hinge"),
-    (["--n-embd", "50"], "multiple of 32"),
-    (["--epochs", "0"], "--epochs 0"),
-    (["--tokenizer", "gpt2"], "needs --data"),
-    (["--sft-epochs", "0"], "needs --init"),
-    (["--bta", "1"], "unrecognized"),
-])
-def test_flags_that_mean_nothing_are_refused(given_flags, message, capsys):
-    with pytest.raises(SystemExit):
-        flags.parse_args(given_flags)
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("loss", ["cdpo", "robust"])
-def test_label_smoothing_is_a_setting_of_two_losses(loss):
-    args = flags.parse_args(["--loss", loss, "--label-smoothing", "0.1"])
-    settings = flags.dpo_settings(vars(args))
-    assert settings["loss"] == loss and settings["label_smoothing"] == 0.1
-
-
-def test_the_settings_of_a_run_are_arguments_of_train_dpo():
-    """Every setting has the flag's value. With them, train_dpo lacks only what is no flag."""
-    args = flags.parse_args(["--loss", "ipo", "--nll-weight", "0.5", "--lr", "0.25",
-                             "--accumulate", "3", "--seed", "7"])
-    settings = flags.dpo_settings(vars(args))
-    assert all(settings[name] == getattr(args, name) for name in settings)
-    parameters = inspect.signature(train.train_dpo).parameters
-    others = ["policy", "examples", "ref_logps", "run", "stage", "ceiling", "measure",
-              "measure_at"]
-    assert settings.keys() == parameters.keys() - set(others)
+    assert not (tmp_path / "run").exists(), "a failed start leaves a folder behind"

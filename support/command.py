@@ -1,0 +1,33 @@
+"""What a command does around its work: Ctrl-C, and errors that are said in a sentence."""
+import signal
+import sys
+
+from support.preferences import DataError
+
+# A training that can save its state in the middle sets can_wait. Ctrl-C is then only noted, and
+# the training ends after the step at hand. A second Ctrl-C ends it at once.
+can_wait = False
+asked_to_stop = False
+
+
+def note(signum, frame):
+    global asked_to_stop
+    if asked_to_stop or not can_wait:
+        raise KeyboardInterrupt
+    asked_to_stop = True
+
+
+def run(main, again="The same command with --resume continues."):
+    """Call main(). again: how one goes on after an interruption or a full disk."""
+    sys.stdout.reconfigure(errors="replace")  # a sample may hold a character the terminal lacks
+    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGTERM, note)  # how a machine that shuts down asks
+    try:
+        main()
+    except DataError as error:
+        raise SystemExit(f"error: {error}")
+    except OSError as error:
+        raise SystemExit(f"error: {error}\nWhat was saved before is whole. Once the cause is "
+                         f"removed: {again}")
+    except KeyboardInterrupt:
+        raise SystemExit(f"\nInterrupted. {again}")
