@@ -72,6 +72,9 @@ def pairs_file(text):
     """The path of a file that can be read, or of a folder that `datasets` has written, a text."""
     path = Path(text)
     try:
+        if path.exists() and not path.is_dir() and not path.is_file():
+            raise ArgumentTypeError(f"{text!r} is a pipe or a device; it must be a file, since it "
+                                    "is read more than once")
         if not path.is_dir():
             open(path, "rb").close()
         elif not any((path / name).exists() for name in DATASET):

@@ -20,9 +20,15 @@ def join(device):
     """Join the processes that torchrun has started, if it has. Returns this process's device."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
+    here, number = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if number > torch.cuda.device_count():
+            raise SystemExit(f"{number} processes need {number} GPUs, and this machine has "
+                             f"{torch.cuda.device_count()}; lower --nproc_per_node")
+        device = f"cuda:{here}"
         torch.cuda.set_device(device)
+    elif device != "cpu":
+        raise SystemExit(f"processes cannot share --device {device}; add --device cpu")
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     if rank():  # one voice is enough; errors are still heard
         sys.stdout = open(os.devnull, "w", encoding="utf-8")

@@ -159,7 +159,7 @@ def small_disk(disk):
         for file in (disk / "run").iterdir():
             file.unlink()
         (disk / "run").rmdir()
-        room += 24 * 1024
+        room += 64 * 1024
 
 
 def main():

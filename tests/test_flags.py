@@ -2,6 +2,7 @@
 written. And support/machine.py, which says what a machine has and what a training asks of it."""
 import argparse
 import inspect
+import os
 import re
 import shlex
 from pathlib import Path
@@ -55,6 +56,7 @@ OTHERS = {
         ("--data absent.jsonl", "--data: absent.jsonl cannot be read"),
         ("--data empty", "--data: 'empty' is a folder without a dataset"),
         ("--data ''", "--data: '' is a folder without a dataset"),
+        (f"--data {os.devnull}", "is a pipe or a device"),
         ("--data file.txt/pairs.jsonl", "--data: file.txt/pairs.jsonl cannot be read"),
         (f"--data {LONG}", "cannot be read"),
         ("--data pairs.jsonl --pairs 100", "--pairs is about the toy world"),
