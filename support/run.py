@@ -71,8 +71,8 @@ class Run:
         saved = ""
         if self.state.exists():
             saved = f" The state before, which --resume continues, is in {self.state}."
-        return (f"{self.at}: {what}, at a learning rate of {self.lr:g}. The batch: "
-                f"{'; '.join(places)}{more}. Try a smaller learning rate or a larger beta, in "
+        return (f"{self.at}: {what}, at a learning rate of {self.lr:g}. Rows: "
+                f"{'; '.join(places)}{more}. Try a smaller learning rate in "
                 f"another folder, and look at these rows.{saved}")
 
     def steps(self, stage, model, optimizer, plan, accumulate=1, show=("loss",), unit="pairs"):

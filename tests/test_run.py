@@ -198,7 +198,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
             with pytest.raises(SystemExit) as stopped:
                 run.log(grad_norm=torch.tensor((math.nan, math.inf)[step == 4]))
             text = str(stopped.value)
-            at = f"at a learning rate of {cosine(step, 8):g}. The batch: mine.jsonl, line"
+            at = f"at a learning rate of {cosine(step, 8):g}. Rows: mine.jsonl, line"
             if step == 2:
                 assert text.startswith(f"some, step 2: the gradient is not finite, {at} 21; ")
                 assert "line 28, ..." in text and "line 29" not in text and "state" not in text
