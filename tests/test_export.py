@@ -1,6 +1,7 @@
 """lab/export.py: what it writes is what tiktoken, model.GPT and the run's data say, and, where
 transformers is installed, what transformers reads. The runs here are untrained."""
 import json
+import math
 import os
 from functools import lru_cache
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import data
+from dpo import dpo_loss, pair_logps
 from lab import export
 from model import GPT, GPTConfig
 from support import checkpoints
@@ -229,3 +231,38 @@ def test_transformers_reads_the_same_model(tokenizer, tmp_path, capsys):
         ids = theirs(text, split_special_tokens=True)["input_ids"]
         assert ids == tokenizer.encode_ordinary(text) and theirs.decode(ids) == text
     check()
+
+
+def test_the_first_loss_of_trl_is_ours(run, tmp_path):
+    """One step of TRL's DPOTrainer on the exported policy, reference and pairs, in float32, without
+    dropout. Its loss is that of dpo.py to 1e-5. The policy is not the reference, so that the loss
+    is far from ln 2. Afterwards TRL's policy has moved."""
+    trl = pytest.importorskip("trl")
+    transformers = pytest.importorskip("transformers")
+    from datasets import Dataset
+    to = tmp_path / "export"
+    export.main([str(run), "--to", str(to)])
+    rows = [json.loads(line) for line in (to / "train.jsonl").read_text("utf-8").splitlines()][:8]
+    _, tokenizer, models = load_run(run)
+    examples, _ = data.tokenize([data.Pair(**row) for row in rows], tokenizer)
+    with torch.no_grad():
+        batch = data.collate(examples)
+        logps = pair_logps(models["dpo"], batch) + pair_logps(models["sft"], batch)
+        ours = dpo_loss(*logps, 1.0)[0].mean().item()
+    assert abs(ours - math.log(2)) > 0.02
+
+    def read(name):
+        return transformers.AutoModelForCausalLM.from_pretrained(to / name)
+    policy = read("policy")
+    settings = trl.DPOConfig(
+        output_dir=str(tmp_path / "trl"), beta=1.0, per_device_train_batch_size=8, max_steps=1,
+        logging_steps=1, learning_rate=1e-3, max_length=None, save_strategy="no", report_to="none",
+        bf16=False, use_cpu=True, disable_tqdm=True)
+    trainer = trl.DPOTrainer(
+        model=policy, ref_model=read("reference"), args=settings,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=transformers.AutoTokenizer.from_pretrained(to / "policy"))
+    trainer.train()
+    theirs = trainer.state.log_history[0]["loss"]
+    assert theirs == pytest.approx(ours, abs=1e-5)
+    assert not torch.equal(policy.transformer.wte.weight, read("policy").transformer.wte.weight)
