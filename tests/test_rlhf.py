@@ -232,7 +232,8 @@ def test_the_command_is_its_two_steps_with_the_settings_of_the_published_numbers
                seed=3)
     learned_policy, facts = load_model(folder / "ppo" / "policy.pt")
     assert fingerprint(learned_policy) == fingerprint(policy) != fingerprint(reference)
-    assert facts == {"settings": settings, "reference": fingerprint(reference)}
+    assert facts == {"settings": settings, "reference": fingerprint(reference),
+                     "torch": str(torch.__version__)}
     runs = [read_jsonl(place / "metrics.jsonl") for place in (folder / "ppo", tmp_path)]
     for got, want in zip(*runs, strict=True):
         assert got | {"pairs_per_second": 0} == want | {"pairs_per_second": 0}

@@ -271,12 +271,13 @@ def train_in(folder, policy, examples, ref_logps, **settings):
 
 
 def test_reference_logps_belong_to_their_examples(tiny):
-    """Row by row, one example at a time, in whatever order they were computed (1e-5)."""
+    """Row by row, one example at a time, in whatever order they were computed (5e-5: near -80, a
+    float32 is known to 8e-6)."""
     reference, _, examples, (chosen, rejected) = tiny
     for i, example in enumerate(examples):
         w, l = pair_logps(reference, data.collate([example]))
-        assert abs(w.item() - chosen[i].item()) < 1e-5, f"row {i}"
-        assert abs(l.item() - rejected[i].item()) < 1e-5, f"row {i}"
+        assert abs(w.item() - chosen[i].item()) < 5e-5, f"row {i}"
+        assert abs(l.item() - rejected[i].item()) < 5e-5, f"row {i}"
 
 
 def test_training_is_offline_and_leaves_the_reference_alone(tiny, tmp_path, monkeypatch):
