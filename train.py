@@ -179,7 +179,7 @@ def main(argv=None):
     # 1. The reference. A file that is there already was made before an interruption.
     sft_file = args.out_dir / "sft.pt"
     if sft_file.exists():
-        reference, _ = checkpoints.load_model(sft_file, device)
+        reference = run.load_model(sft_file, device)
     else:
         longest = max(map(len, examples))
         if args.init:

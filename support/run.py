@@ -41,6 +41,14 @@ class Run:
         if processes.rank() == 0:
             write_json(self.flags, self.folder / "flags.json")
 
+    def load_model(self, file, device):
+        """A model that this run has written before. Raises DataError where another run has."""
+        model, facts = checkpoints.load_model(file, device)
+        if facts.get("flags") != self.flags:
+            raise data.DataError(f"{file} was written by a run with other flags. Delete it, and "
+                                 "--resume makes it again.")
+        return model
+
     def record(self, **row):
         """Append a line to metrics.jsonl."""
         if processes.rank() == 0:

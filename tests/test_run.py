@@ -251,12 +251,18 @@ def test_ctrl_c_ends_the_training_after_its_step(tmp_path, monkeypatch):
         command.note(None, None)
 
 
-def test_the_state_of_another_run_is_refused(tmp_path):
-    """state.pt knows the flags of its run."""
+def test_the_files_of_another_run_are_refused(tmp_path):
+    """state.pt and a checkpoint know the flags of their run."""
     run = Run(tmp_path, flags={"beta": 0.5})
     checkpoints.save({"flags": {"beta": 1.0}, "stage": "some"}, run.state)
     with pytest.raises(data.DataError, match="belongs to a run with other flags. Delete it"):
         next(run.steps("some", *one_weight(), [[0]]))
+    model, file = GPT(GPTConfig(8, 9, n_layer=1, n_head=1, n_embd=8)), tmp_path / "sft.pt"
+    checkpoints.save_model(model, file, flags={"beta": 1.0})
+    with pytest.raises(data.DataError, match="sft.pt was written by a run with other flags"):
+        run.load_model(file, "cpu")
+    checkpoints.save_model(model, file, flags={"beta": 0.5})
+    assert_same(run.load_model(file, "cpu").wte.weight, model.wte.weight, 0, what="the weights")
 
 
 @given(st.integers(1, 60), st.integers(1, 70))
