@@ -15,7 +15,7 @@ import evaluate
 import rlhf
 import train
 from exercises import find_the_bug, grade_class, grading
-from lab import all_text, compare, export, paper, tables
+from lab import all_text, bench, compare, export, paper, tables
 from model import GPT, GPTConfig
 from support import checkpoints, flags, machine
 from support.files import write_json
@@ -23,7 +23,8 @@ from support.files import write_json
 ROOT = Path(__file__).resolve().parent.parent
 
 COMMANDS = {"train.py": train.main, "evaluate.py": evaluate.main, "rlhf.py": rlhf.main,
-            "lab/all_text.py": all_text.main, "lab/compare.py": compare.main,
+            "lab/all_text.py": all_text.main, "lab/bench.py": bench.main,
+            "lab/compare.py": compare.main,
             "lab/export.py": export.main, "lab/paper.py": paper.main,
             "lab/tables.py": tables.main, "exercises/find_the_bug.py": find_the_bug.main,
             "exercises/grade_class.py": grade_class.main, "exercises/grading.py": grading.main}
@@ -40,6 +41,12 @@ NUMBERS = {
         "--norm-weight": "-0.1 -1e-9 1e7", "--nll-weight": "-0.1 -1e-9 1e7",
         "--label-smoothing": "-0.1 0.5 0.6 1 10"},
     "rlhf.py": {"--samples": "0 -1 511 10000001 1e4"},
+    "lab/bench.py": {
+        "--n-layer": "0 -1 201 1e3", "--n-embd": "0 -32 31 1000000000 64.0",
+        "--n-head": "0 -1 1000001 1.5", "--vocab": "0 -1 1000001 1e3",
+        "--prompt": "0 -1 1000001 1e3", "--response": "0 -1 1000001 1e3",
+        "--pairs": "0 -5 10000001 1e6", "--repeats": "0 -1 101 1.5", "--seconds": "0 -1 86401 1.5",
+        "--threads": "0 -1 1025 1.5"},
     "lab/compare.py": {"--samples": "0 -1 511 10000001 1e4"},
     "exercises/grade_class.py": {
         "--jobs": "0 -1 1001 1.5", "--seconds": "0 -1 86401", "--longest": "0 -1 86401",
@@ -113,6 +120,26 @@ OTHERS = {
         ("absent", "absent holds no finished run (no flags.json)"),
         ("begun", "begun holds no finished run (no dpo.pt)"),
         ("own", "own was trained with --data; this needs the toy world"),
+    ],
+    "lab/bench.py": [
+        ("--shapes huge", "--shapes: invalid choice: 'huge'"),
+        ("--n-embd 100 --n-head 3", "--n-embd 100 must be a multiple of --n-head 3"),
+        ("--n-head 3", "--n-embd 128 must be a multiple of --n-head 3"),
+        ("--work sft", "--work: invalid choice: 'sft'"),
+        ("--against dpo", "--against: invalid choice: 'dpo'"),
+        ("--against trl", "--against needs --trl-python"),
+        ("--trl-python absent", "--trl-python: 'absent' is no python that has TRL"),
+        ("--trl-python file.txt", "--trl-python: 'file.txt' is no python that has TRL"),
+        ("--trl-python empty", "--trl-python: 'empty' is no python that has TRL"),
+        ("--trl-python ''", "--trl-python: '' is no python that has TRL"),
+        ("--device cuda", "--device: cuda is not on this machine, which has cpu"),
+        ("--device tpu", "--device: tpu is not on this machine, which has cpu"),
+        ("--dtype float16", "--dtype: invalid choice: 'float16'"),
+        ("--json empty", "--json: 'empty' is a folder; name a file"),
+        ("--json ''", "--json: '' is a folder; name a file"),
+        ("--json file.txt/a.json", "file.txt cannot be written to"),
+        (f"--json {LONG}/a.json", "cannot be written to"),
+        ("toy", "unrecognized arguments: toy"),
     ],
     "lab/compare.py": [
         ("", "the following arguments are required: dir"),

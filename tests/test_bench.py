@@ -1,0 +1,118 @@
+"""lab/bench.py: what it counts, how it forms its figures, and a whole run of a tiny shape."""
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from lab import bench
+from model import GPT, GPTConfig, sequence_logps
+
+TINY = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab": 11, "prompt": 3, "response": 4,
+        "pairs": 2}
+FLAGS = ["--shapes", "toy", "--repeats", "1", "--threads", "1", "--device", "cpu"]
+for name, size in TINY.items():
+    FLAGS += [f"--{name.replace('_', '-')}", str(size)]
+
+
+def test_the_operations_are_those_that_pytorch_counts():
+    """Of a forward and a backward pass over 2 x 2 sequences of 7 tokens, 4 of them scored; exactly.
+    The kernel that PyTorch can count computes all 7 x 7 weights of the attention."""
+    model = GPT(GPTConfig(7, 11, n_layer=2, n_head=2, n_embd=32))
+    mask = (torch.arange(7) >= 3).expand(4, 7)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        sequence_logps(model, torch.randint(11, (4, 7)), mask).sum().backward()
+    once = bench.flops(TINY, tokens=4 * 7, scored=4 * 4, seen=4 * 7 * 7)
+    assert 3 * once == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("kind, responses, length, passes", [
+    ("dpo", 2, 4, 3), ("generate", 1, bench.NEW, 1)])
+def test_useful_is_what_the_tokens_of_one_row_need(kind, responses, length, passes):
+    """The row is the prompt and the responses. Each (query, key) is looked at: a token sees the
+    prompt and its own response, up to itself. A backward pass is two forward passes."""
+    part = [0] * 3 + [i + 1 for i in range(responses) for _ in range(length)]
+    seen = sum(part[key] in (0, part[query])
+               for query in range(len(part)) for key in range(query + 1))
+    once = bench.flops(TINY, len(part), responses * length, seen)
+    assert bench.useful_flops(TINY, kind) == passes * once
+
+
+def test_figures_by_hand():
+    """Two turns after the warm-up. Here: 1 and 2 s; there: 3 and 4 s, so 3 and 2 times as much. A
+    turn is 6 pairs, 60 tokens, 12 operations; the machine can do 24 and 8 in a second."""
+    ours = [{"seconds": s, "losses": [1.0], "memory": 5} for s in (90, 90, 1, 2)]
+    there = [{"seconds": s, "losses": [x], "memory": None}
+             for s, x in ((70, 1.0), (70, 1.25), (3, 1.0), (4, 1.0))]
+    both = {"here": ours, "there": there}
+    rows = bench.figures(both, np.array([1, 1, 24, 8]), items=6, tokens=60, operations=12)
+    assert rows["here"] == {
+        "per_second": [3.75, 4.5, 5.25], "tokens_per_second": [37.5, 45, 52.5],
+        "share_of_peak": [0.5625, 0.625, 0.6875], "times_as_fast_here": [1, 1, 1],
+        "peak_memory": 5, "losses_compared": 4, "loss_difference": 0}
+    assert rows["there"]["per_second"] == [1.625, 1.75, 1.875]
+    assert rows["there"]["times_as_fast_here"] == [2.25, 2.5, 2.75]
+    assert rows["there"]["loss_difference"] == pytest.approx(0.2)
+    assert "4.5 [3.75, 5.25]" in bench.table("tiny", {"dpo": rows})
+
+
+def test_a_run_of_a_tiny_shape(tmp_path, monkeypatch, capsys):
+    """Every figure is there, finite and above 0. How large they are depends on the machine."""
+    monkeypatch.setattr(bench, "TURN", 0.05)
+    monkeypatch.setitem(bench.SQUARE, "cpu", 256)
+    bench.main([*FLAGS, "--json", str(tmp_path / "bench.json")])
+    written = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
+    assert written["sizes"] == {"toy": TINY}
+    for kind, steps in (("dpo", 20), ("generate", 0)):
+        (side, row), = written["results"]["toy"][kind].items()
+        assert side == "here" and row["losses_compared"] == steps
+        for name in ("per_second", "tokens_per_second", "share_of_peak"):
+            low, median, high = row[name]
+            assert 0 < low <= median <= high < math.inf
+        assert bench.resource is None or 1e8 < row["peak_memory"] < 1e10
+    ratio = np.divide(*[row[name][1] for row in [written["results"]["toy"]["dpo"]["here"]]
+                        for name in ("tokens_per_second", "per_second")])
+    assert ratio == pytest.approx(3 + 2 * 4)
+    assert "times as fast here" in capsys.readouterr().out
+
+
+def test_with_trl_the_losses_are_the_same(tmp_path, monkeypatch):
+    """Over 20 steps, to 1e-4 of their size. They change by more than that from step to step."""
+    pytest.importorskip("trl")
+    monkeypatch.setattr(bench, "TURN", 0.05)
+    bench.main([*FLAGS, "--against", "trl", "transformers", "--trl-python", sys.executable,
+                "--json", str(tmp_path / "bench.json")])
+    results = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))["results"]["toy"]
+    assert list(results["dpo"]) == ["here", "TRL as it comes", "TRL at its best"]
+    assert list(results["generate"]) == ["here", "transformers"]
+    for row in results["dpo"].values():
+        assert row["losses_compared"] == 20 and row["loss_difference"] < 1e-4
+
+
+def test_a_side_that_ends_says_why(tmp_path):
+    with open(tmp_path / "log", "w", encoding="utf-8") as log:
+        side = subprocess.Popen([sys.executable, "-c", "input(); raise SystemExit('no memory')"],
+                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                                text=True)
+    with side, pytest.raises(SystemExit, match="last words: no memory"):
+        bench.order(1, tmp_path / "log", side)
+
+
+@pytest.mark.parametrize("words, said", [
+    ("--n-embd 100 --n-head 3", "--n-embd 100 must be a multiple of --n-head 3"),
+    ("--vocab 0", "--vocab: 0 must be at least 1"),
+    ("--shapes huge", "--shapes: invalid choice: 'huge'"),
+    ("--against trl", "--against needs --trl-python"),
+    (f"--trl-python {sys.prefix}", "is no python that has TRL"),
+    ("--trl-python absent", "'absent' is no python that has TRL"),
+    ("--json .", "'.' is a folder; name a file"),
+    ("--device tpu", "--device: tpu is not on this machine")])
+def test_flags_that_cannot_be_used_are_refused(capsys, words, said):
+    with pytest.raises(SystemExit) as refused:
+        bench.main(words.split())
+    assert refused.value.code == 2 and said in capsys.readouterr().err
