@@ -90,8 +90,8 @@ def check(args, device):
     there = next(p for p in (args.out_dir, *args.out_dir.parents) if p.exists())
     free = shutil.disk_usage(there).free
     if free < disk and not args.resume:  # else much of it is written already
-        raise ValueError(f"--out-dir {args.out_dir}: a run of this model writes {disk / 1e9:.1f} "
-                         f"GB and {free / 1e9:.1f} GB are free; make room or choose another disk")
+        raise ValueError(f"--out-dir {args.out_dir}: a run of this model writes {disk / 1e6:,.0f} "
+                         f"MB and {free / 1e6:,.0f} MB are free; make room or choose another disk")
     if has is not None and has < ram:
         print(f"warning: this run may need {ram / 1e9:.1f} GB of memory; {device} has "
               f"{has / 1e9:.1f} GB. Less is needed with a larger --accumulate, or a smaller "

@@ -103,7 +103,7 @@ OTHERS = {
         ("--loss hinge --label-smoothing 0.1", "is not defined for --loss hinge; use --loss cdpo"),
         ("--n-embd 50", "--n-embd 50 must be a multiple of 32"),
         ("--accumulate 65", "--accumulate 65 must be at most --batch-size 64"),
-        ("--n-embd 16384 --n-layer 200", "GB are free; make room or choose another disk"),
+        ("--n-embd 16384 --n-layer 200", "MB are free; make room or choose another disk"),
         ("--bta 1", "unrecognized arguments: --bta 1"),
         ("pairs.jsonl", "unrecognized arguments: pairs.jsonl"),
     ],
@@ -405,7 +405,7 @@ def test_the_size_of_a_model_is_known_before_it_is_made():
 
 
 def test_a_full_disk_is_seen_before_the_training(desk, monkeypatch, capsys):
-    """GPT-2 writes three checkpoints of 4 bytes a parameter, and twice 12 bytes: 4.5 GB in all.
+    """GPT-2 writes three checkpoints of 4 bytes a parameter, and twice 12 bytes: 4.486 GB in all.
     A run that goes on has written most of it already."""
     line = "--data pairs.jsonl --tokenizer gpt2 --init gpt2 --out-dir new".split()
     for free, resume, refused in ((4.4, [], True), (4.6, [], False), (4.4, ["--resume"], False)):
@@ -413,7 +413,7 @@ def test_a_full_disk_is_seen_before_the_training(desk, monkeypatch, capsys):
                             lambda path, free=free: SimpleNamespace(free=free * 1e9))
         if refused:
             said = answer("train.py", line, capsys)
-            assert "--out-dir new: a run of this model writes 4.5 GB and 4.4 GB are free" in said
+            assert "--out-dir new: a run of this model writes 4,486 MB and 4,400 MB are" in said
         else:
             flags.parse_args(line + resume)
 
