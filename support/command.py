@@ -27,7 +27,7 @@ def run(main, again="The same command with --resume continues."):
     except DataError as error:
         raise SystemExit(f"error: {error}")
     except OSError as error:
-        raise SystemExit(f"error: {error}\nWhat was saved before is whole. Once the cause is "
-                         f"removed: {again}")
+        raise SystemExit(f"error: {error}\nWhat was saved before is whole. Remove the cause. "
+                         f"{again}")
     except KeyboardInterrupt:
         raise SystemExit(f"\nInterrupted. {again}")

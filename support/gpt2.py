@@ -4,7 +4,9 @@ from pathlib import Path
 
 import torch
 
-NAMES = ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
+# The published models: (n_layer, n_embd).
+GPT2 = {"gpt2": (12, 768), "gpt2-medium": (24, 1024), "gpt2-large": (36, 1280),
+        "gpt2-xl": (48, 1600)}
 # Where the weights may stand. The first that a folder holds is read. An index names several files.
 FILES = ["model.safetensors", "model.safetensors.index.json",
          "pytorch_model.bin", "pytorch_model.bin.index.json"]
@@ -19,14 +21,14 @@ COMPUTED = {
 
 
 def find(name_or_folder):
-    """A folder with config.json and one of FILES: a local one, or one of NAMES, which is
+    """A folder with config.json and one of FILES: a local one, or one of GPT2, which is
     downloaded once, into torch.hub's folder."""
     if Path(name_or_folder).is_dir():
         return Path(name_or_folder)
     name = str(name_or_folder)
-    if name not in NAMES:
+    if name not in GPT2:
         raise ValueError(f"{name!r} is neither a folder with config.json and model.safetensors "
-                         f"nor one of {NAMES}")
+                         f"nor one of {list(GPT2)}")
     folder = Path(torch.hub.get_dir()) / name
     folder.mkdir(parents=True, exist_ok=True)
     for file in ("config.json", "model.safetensors"):

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 
+from support.gpt2 import GPT2
 from support.tokenizers import get_tokenizer
 
-GPT2 = {"gpt2": (12, 768), "gpt2-medium": (24, 1024), "gpt2-large": (36, 1280),
-        "gpt2-xl": (48, 1600)}  # the published models: (n_layer, n_embd)
 # Bytes a parameter. In memory: the weights, the reference's, gradients, two moments of Adam. On
 # disk: three checkpoints, and state.pt with weights and moments, a new one beside the old one.
 IN_MEMORY, ON_DISK = 4 + 4 + 4 + 8, 3 * 4 + 2 * 12

@@ -14,13 +14,12 @@ import torch
 import evaluate
 import rlhf
 import train
+from conftest import ROOT
 from exercises import find_the_bug, grade_class, grading
 from lab import all_text, bench, compare, export, paper, tables
 from model import GPT, GPTConfig
 from support import checkpoints, flags, machine
 from support.files import write_json
-
-ROOT = Path(__file__).resolve().parent.parent
 
 COMMANDS = {"train.py": train.main, "evaluate.py": evaluate.main, "rlhf.py": rlhf.main,
             "lab/all_text.py": all_text.main, "lab/bench.py": bench.main,

@@ -47,7 +47,7 @@ def assert_loads(folder, source, tolerance=1e-9):
     assert error < tolerance, "the weights of a Conv1D are stored transposed"
 
 
-def refused(folder, *parts):
+def assert_folder_refused(folder, *parts):
     """The folder is refused, and the message holds each of the parts."""
     message = assert_refused(GPT.from_pretrained, folder)
     assert "\n" not in message and len(message) < 600, message
@@ -68,7 +68,7 @@ def test_gpt2_weights_load(tmp_path, prefix):
 ])
 def test_gpt2_weights_that_do_not_fit_are_refused_by_name(tmp_path, changes, message):
     gpt2_folder(tmp_path, **changes)
-    refused(tmp_path, message)
+    assert_folder_refused(tmp_path, message)
 
 
 HARMLESS = [
@@ -100,7 +100,7 @@ def test_what_changes_no_logit_is_accepted(tmp_path, changes):
 def test_what_the_model_does_not_compute_is_refused_with_key_and_value(tmp_path, changes):
     gpt2_folder(tmp_path, **changes)
     [(key, value)] = changes.items()
-    refused(tmp_path, f"config.json: {key} is {value!r}")
+    assert_folder_refused(tmp_path, f"config.json: {key} is {value!r}")
 
 
 def change(folder, **tensors):
@@ -115,9 +115,9 @@ def test_a_head_of_its_own_is_refused(tmp_path):
         source = gpt2_folder(tmp_path, "transformer.", **tie)
         assert_loads(tmp_path, source)
         change(tmp_path, **{"lm_head.weight": source.wte.weight.detach() + 1e-6})
-        refused(tmp_path, "lm_head.weight is not wte.weight")
+        assert_folder_refused(tmp_path, "lm_head.weight is not wte.weight")
     change(tmp_path, **{"lm_head.weight": None})
-    refused(tmp_path, "lacks the tensor lm_head.weight")
+    assert_folder_refused(tmp_path, "lacks the tensor lm_head.weight")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -141,7 +141,7 @@ def test_a_tensor_that_is_no_weight_is_refused_by_name(tmp_path, value, dtype, m
     w = torch.ones(16, dtype=dtype)
     w[3] = value
     change(tmp_path, **{"ln_f.bias": w})
-    refused(tmp_path, "ln_f.bias", message)
+    assert_folder_refused(tmp_path, "ln_f.bias", message)
 
 
 # ---- The files
@@ -182,7 +182,7 @@ def test_a_pickled_state_dict_loads_and_runs_no_code(tmp_path, legacy):
     assert_loads(tmp_path, source)
     torch.save({"wte.weight": Code(str(tmp_path / "made"))}, file,
                _use_new_zipfile_serialization=not legacy)
-    refused(tmp_path, "pytorch_model.bin cannot be read")
+    assert_folder_refused(tmp_path, "pytorch_model.bin cannot be read")
     assert not (tmp_path / "made").exists(), "a pickle has run code"
     gpt2_folder(tmp_path)
     assert_loads(tmp_path, source)
@@ -209,7 +209,7 @@ def test_a_pickle_of_something_else_is_refused(tmp_path, content, message):
     gpt2_folder(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save(content, tmp_path / "pytorch_model.bin")
-    refused(tmp_path, message)
+    assert_folder_refused(tmp_path, message)
 
 
 def break_config(folder, index, names):
@@ -258,7 +258,7 @@ def test_broken_folders_are_refused_with_file_and_reason(tmp_path, damage, messa
     gpt2_folder(tmp_path)  # outside
     gpt2_folder(tmp_path / "folder")
     damage(tmp_path / "folder", *shard(tmp_path / "folder"))
-    refused(tmp_path / "folder", message)
+    assert_folder_refused(tmp_path / "folder", message)
 
 
 # ---- By name
@@ -304,7 +304,7 @@ def test_transformers_computes_the_same_or_the_option_is_refused(tmp_path, chang
     theirs.save_pretrained(tmp_path)
     if changes in HARMFUL:
         [key] = changes
-        return refused(tmp_path, key)
+        return assert_folder_refused(tmp_path, key)
     tokens = torch.randint(40, (2, 24))
     with torch.no_grad():
         error = GPT.from_pretrained(tmp_path).double()(tokens) - theirs.double()(tokens).logits
