@@ -5,6 +5,7 @@ ends in EOS. Masks are made from lengths, never from token ids: any id will do f
 """
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 import world
@@ -109,7 +110,8 @@ def pad(prompts, responses, pad_id=0):
     """
     rows = [p + r for p, r in zip(prompts, responses)]
     T = max(map(len, rows))
-    tokens = torch.tensor([row + [pad_id] * (T - len(row)) for row in rows])  # (B, T)
+    padded = np.array([row + [pad_id] * (T - len(row)) for row in rows])  # faster than torch.tensor
+    tokens = torch.from_numpy(padded)  # (B, T)
     start = torch.tensor([len(p) for p in prompts])[:, None]  # (B, 1)
     stop = torch.tensor([len(row) for row in rows])[:, None]  # (B, 1)
     position = torch.arange(T)  # (T,)

@@ -15,6 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from support import gpt2
+from support.prefixes import distinct_prefixes
 
 
 @dataclass
@@ -41,13 +42,17 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head, self.dropout = config.n_head, config.dropout
 
-    def forward(self, x, past=None):
+    def forward(self, x, past=None, places=None):
         """x (B,T,C). past: this layer's earlier (keys, values), each (B,H,S,C/H), or None.
-        Returns y (B,T,C) and all keys and values, the new ones included."""
-        B, T, C = x.shape
+        places: the two tables of `distinct_prefixes`; then x is (N,C).
+        Returns y, shaped as x, and all keys and values, the new ones included."""
+        qkv = self.c_attn(x)  # (B, T, 3C), or (N, 3C)
+        if places is not None:
+            qkv = F.embedding(places[0], qkv)  # (B, T, 3C): attention is over whole sequences
+        B, T, C = *qkv.shape[:2], x.size(-1)
         heads = B, T, self.n_head, C // self.n_head
         q, k, v = [z.view(heads).transpose(1, 2)  # each (B, H, T, C/H)
-                   for z in self.c_attn(x).split(C, dim=2)]
+                   for z in qkv.split(C, dim=2)]
         if past is not None:
             k = torch.cat([past[0], k], dim=2)  # (B, H, S+T, C/H)
             v = torch.cat([past[1], v], dim=2)  # (B, H, S+T, C/H)
@@ -60,6 +65,8 @@ class CausalSelfAttention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not S,
                                            dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        if places is not None:
+            y = F.embedding(places[1], y.view(B * T, C))  # (N, C)
         return self.resid_dropout(self.c_proj(y)), (k, v)
 
 
@@ -84,8 +91,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, past=None):
-        y, present = self.attn(self.ln_1(x), past)
+    def forward(self, x, past=None, places=None):
+        y, present = self.attn(self.ln_1(x), past, places)
         x = x + y
         x = x + self.mlp(self.ln_2(x))
         return x, present
@@ -121,10 +128,12 @@ class GPT(nn.Module):
         """An empty key/value cache, with an entry for each layer. It is filled in place."""
         return [None] * self.config.n_layer
 
-    def hidden(self, idx, cache=None):
+    def hidden(self, idx, cache=None, needed=None):
         """Token ids idx (B,T) -> the states (B,T,C) that the head reads.
 
-        With a cache, idx continues the tokens that the cache holds.
+        With a cache, idx continues the tokens that the cache holds. needed (B,T) is true where a
+        state is wanted; the others are without meaning then. It lets what several rows begin with
+        be computed once, see `distinct_prefixes`.
         """
         past = 0 if cache is None or cache[0] is None else cache[0][0].size(2)
         end = past + idx.size(1)
@@ -132,13 +141,17 @@ class GPT(nn.Module):
             raise ValueError(f"{end} tokens do not fit: this model was built for block_size="
                              f"{self.config.block_size}. Shorten the text, or build a model "
                              "with a larger block_size.")
-        pos = torch.arange(past, end, device=idx.device)  # (T,)
-        x = self.drop(self.wte(idx) + self.wpe(pos))  # (B, T, C)
+        pos, places = torch.arange(past, end, device=idx.device), None  # (T,)
+        if needed is not None:
+            found = distinct_prefixes(idx, needed)
+            idx, pos, *places = [t.to(self.wte.weight.device) for t in found]
+        x = self.drop(self.wte(idx) + self.wpe(pos))  # (B, T, C); (N, C) with places
         for i, block in enumerate(self.h):
-            x, present = block(x, None if cache is None else cache[i])
+            x, present = block(x, None if cache is None else cache[i], places)
             if cache is not None:
                 cache[i] = present
-        return self.ln_f(x)  # (B, T, C)
+        x = self.ln_f(x)
+        return x if places is None else F.embedding(places[0], x)  # (B, T, C)
 
     def forward(self, idx, cache=None):
         """Token ids idx (B,T) -> logits (B,T,V); logits[:, t] predict token t+1."""
@@ -230,8 +243,9 @@ def sequence_logps(policy, tokens, response_mask):
     gives states (B,T,C), policy.head maps states to logits. The result is float32 at least.
     """
     mask = response_mask[:, 1:].bool()  # (B, T-1)
-    states = policy.hidden(tokens)[:, :-1]  # (B, T-1, C)
-    logps = target_logps(policy, states[mask], tokens[:, 1:][mask])  # (N,)
-    row = mask.nonzero()[:, 0]  # (N,): which response each token belongs to
+    # What several rows begin with, as the responses to one prompt do, is computed once.
+    states = policy.hidden(tokens[:, :-1], needed=mask)[mask]  # (N, C)
+    logps = target_logps(policy, states, tokens[:, 1:][mask].to(states.device))  # (N,)
+    row = mask.nonzero()[:, 0].to(states.device)  # (N,): which response each token belongs to
     zeros = torch.zeros(len(tokens), dtype=logps.dtype, device=logps.device)
     return zeros.index_add(0, row, logps)  # (B,)

@@ -52,9 +52,9 @@ class ScalarModel(nn.Module):
         nn.init.zeros_(self.scalar.weight)
         nn.init.zeros_(self.scalar.bias)
 
-    def forward(self, tokens):
-        """tokens (B,T) -> (B,T)"""
-        return self.scalar(self.body.hidden(tokens)).squeeze(-1)
+    def forward(self, tokens, needed=None):
+        """tokens (B,T) -> (B,T), see `GPT.hidden`"""
+        return self.scalar(self.body.hidden(tokens, needed=needed)).squeeze(-1)
 
 
 # ---- 1. The reward model
@@ -78,7 +78,7 @@ class RewardModel(ScalarModel):
 
     def forward(self, tokens, response_mask):
         """tokens, response_mask (B,T) -> (B,)"""
-        values = super().forward(tokens)  # (B, T)
+        values = super().forward(tokens, response_mask)  # (B, T)
         if self.read == "tokens":
             return torch.where(response_mask, values, 0.0).sum(1) - self.shift
         last = last_true(response_mask)  # (B,)
@@ -130,8 +130,8 @@ def response_token_logps(model, tokens, mask):
     It is dpo.token_logps at a lower price: the head runs only where a
     response token follows, and the last position is not run at all.
     """
-    states = model.hidden(tokens[:, :-1])  # (B, S, C)
-    logps = target_logps(model, states[mask], tokens[:, 1:][mask])  # (N,)
+    states = model.hidden(tokens[:, :-1], needed=mask)[mask]  # (N, C)
+    logps = target_logps(model, states, tokens[:, 1:][mask])  # (N,)
     zeros = torch.zeros(mask.shape, dtype=logps.dtype, device=logps.device)  # (B, S)
     return zeros.masked_scatter(mask, logps)
 
@@ -208,7 +208,7 @@ def rollout(policy, reference, critic, score, prompts, beta):
              "rewards": token_rewards(scores, logps, ref_logps, mask, beta),  # (B, S)
              "kl": (logps - ref_logps).sum(-1)}  # (B,)
     if critic is not None:
-        batch["values"] = critic(tokens[:, :-1])  # (B, S)
+        batch["values"] = critic(tokens[:, :-1], mask)  # (B, S)
     return batch
 
 
@@ -267,7 +267,7 @@ def learn(policy, reference, score, prompts, settings, seed=0, at_step=None, nam
                 logps = response_token_logps(policy, b["tokens"], b["mask"])  # (b, S)
                 loss = ppo_loss(logps, b["logps"], b["advantages"], b["mask"], s.clip)
                 if critic is not None:  # two networks: the sum trains each by its own term
-                    values = critic(b["tokens"][:, :-1])  # (b, S)
+                    values = critic(b["tokens"][:, :-1], b["mask"])  # (b, S)
                     loss = loss + value_loss(values, b["values"], b["returns"], b["mask"],
                                              s.clip_values)
                 optimizer.zero_grad()

@@ -13,7 +13,7 @@ START = time.time()  # before the imports: the seconds reported are the seconds 
 
 import copy
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -27,7 +27,7 @@ from model import GPT, GPTConfig, sequence_logps
 from support import checkpoints, command, flags, own_data, processes
 from support.files import write_json
 from support.machine import pick_device, precision_of
-from support.run import start
+from support.run import Run, start
 
 SFT_TEXTS, SFT_BATCH = 48_000, 32  # the toy corpus
 MEASURE_AT = (0, .01, .03, .07, .15, .3, .6, 1)  # shares of a training, for the figures
@@ -35,7 +35,8 @@ CLIP = 10.0  # of the gradient; not the usual 1, since a response's log-probabil
 
 
 def adamw(model, lr):
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0,
+                             fused=True)  # one operation for all parameters
 
 
 # ---- Step 1. The reference policy, by supervised fine-tuning
@@ -206,7 +207,7 @@ def main(argv=None):
     with precision:
         ref_logps = reference_logps(reference, examples, at_once)
 
-    # 3. DPO. On the toy world plain DPO (Eq. 7 alone) runs first, for comparison: from the same
+    # 3. DPO. On the toy world plain DPO (Eq. 7 alone) runs beside it, for comparison: from the same
     # reference, on the same pairs, in the same order.
     settings = flags.dpo_settings(vars(args))
     ceiling = measure = None
@@ -217,20 +218,23 @@ def main(argv=None):
 
         def measure(policy):
             return evaluate.measure(evaluate.exact_logps(policy, held_out), ref_exact, args.beta)
-    stages = {"dpo": settings}
-    if toy and (args.norm_weight or args.nll_weight):
-        stages = {"plain": settings | {"norm_weight": 0.0, "nll_weight": 0.0}, "dpo": settings}
-    for stage, stage_settings in stages.items():
-        file = args.out_dir / f"{stage}.pt"
-        if file.exists():
-            continue
+
+    def train_policy(run, stage, settings):
         # the policy's own copy of the weights: the reference must not move with it
         policy = copy.deepcopy(reference).requires_grad_(True)
-        with precision:
+        with precision_of(args.dtype, device):
             train_dpo(policy, examples, ref_logps, run, stage=stage, ceiling=ceiling,
-                      measure=measure, **stage_settings)
-        checkpoints.save_model(policy, file, flags=run.flags,
+                      measure=measure, **settings)
+        checkpoints.save_model(policy, args.out_dir / f"{stage}.pt", flags=run.flags,
                                reference=checkpoints.fingerprint(reference))
+
+    side = Run(args.out_dir / "plain", run.flags)
+    stages = [(run, "dpo", settings)]
+    if toy and (args.norm_weight or args.nll_weight):
+        stages.append((side, "plain", settings | {"norm_weight": 0.0, "nll_weight": 0.0}))
+    processes.side_by_side([partial(train_policy, *stage) for stage in stages
+                            if not (args.out_dir / f"{stage[1]}.pt").exists()], device)
+    run.take_over(side)
 
     # 4. How good is the policy?
     if not processes.leave():

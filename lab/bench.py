@@ -78,12 +78,14 @@ def flops(shape, tokens, scored, seen):
 
 
 def useful_flops(shape, kind):
-    """The least number of operations for a pair, or a text. Of a pair the prompt is read once."""
+    """The least number of operations for a pair, or a text. Of a pair the prompt is read once. The
+    last token of a response predicts nothing."""
     p, r, n = shape["prompt"], shape["response"], 2
     if kind == "generate":
         r, n = NEW, 1
-    seen = p * (p + 1) // 2 + n * (r * p + r * (r + 1) // 2)  # a token sees no later one
-    once = flops(shape, p + n * r, n * r, seen)
+    read = r - 1  # of a response
+    seen = p * (p + 1) // 2 + n * (read * p + read * r // 2)  # a token sees no later one
+    once = flops(shape, p + n * read, n * r, seen)
     # backward: a product for the gradient of the weights, and one for that of the states
     return once if kind == "generate" else 3 * once
 

@@ -4,15 +4,15 @@ import sys
 
 from support.preferences import DataError
 
-# A training that can save its state in the middle sets can_wait. Ctrl-C is then only noted, and
-# the training ends after the step at hand. A second Ctrl-C ends it at once.
-can_wait = False
+# The trainings at work that can save their state in the middle. Where there is one, Ctrl-C is only
+# noted, and they end after the step at hand. A second Ctrl-C ends them at once.
+trainings = []
 asked_to_stop = False
 
 
 def note(signum, frame):
     global asked_to_stop
-    if asked_to_stop or not can_wait:
+    if asked_to_stop or not trainings:
         raise KeyboardInterrupt
     asked_to_stop = True
 

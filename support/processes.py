@@ -10,6 +10,7 @@ hidden() and head, and all that is left of it is this sum.
 import functools
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
@@ -92,3 +93,23 @@ def add_up_numbers(numbers):
 def any_of(flag):
     """Whether it is true in one of the processes at least."""
     return add_up_numbers({"flag": float(flag)})["flag"] > 0
+
+
+def side_by_side(jobs, device):
+    """Call all jobs, functions without arguments. On a CPU each has a thread and one core: a small
+    model gains little from a second core, and torch lets other threads run while it computes. A
+    GPU, and the processes of torchrun, do one job after the other."""
+    if len(jobs) < 2 or device != "cpu" or size() > 1:
+        for job in jobs:
+            job()
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor() as pool:
+            others = [pool.submit(job) for job in jobs[1:]]
+            jobs[0]()  # in this thread, the one that hears Ctrl-C
+            for other in others:
+                other.result()  # raises what the job has raised
+    finally:
+        torch.set_num_threads(before)

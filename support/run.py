@@ -4,6 +4,7 @@ A training loop goes through `Run.steps`, which does everything that is not the 
 """
 import math
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -64,13 +65,22 @@ class Run:
             self.sums[name] = self.sums.get(name, 0.0) + value * share
             if name == "loss":
                 self.losses.append(value)
-            if name == "grad_norm" and not torch.isfinite(value):
-                raise SystemExit(self.not_finite())
+            if name == "grad_norm":
+                self.unchecked.append((self.at, self.lr, self.parts, self.losses, value))
+                if value.device.type == "cpu":
+                    self.check()
 
-    def not_finite(self):
-        """What to say where a gradient is infinite or no number."""
-        rows, what = [i for _, part in self.parts for i in part], "the gradient is not finite"
-        for loss, (_, part) in zip(self.losses, self.parts):
+    def check(self):
+        """Raises SystemExit where a gradient is infinite or no number. Whoever looks at a number
+        waits for the GPU. So there this is done only before something is written."""
+        steps, self.unchecked = self.unchecked, []
+        for step in steps:
+            if not torch.isfinite(step[-1]):
+                raise SystemExit(self.not_finite(*step))
+
+    def not_finite(self, at, lr, parts, losses, _):
+        rows, what = [i for _, part in parts for i in part], "the gradient is not finite"
+        for loss, (_, part) in zip(losses, parts):
             if not torch.isfinite(loss):
                 rows, what = part, f"the loss is {loss.item():g}"
                 break
@@ -79,7 +89,7 @@ class Run:
         saved = ""
         if self.state.exists():
             saved = f" The state before, which --resume continues, is in {self.state}."
-        return (f"{self.at}: {what}, at a learning rate of {self.lr:g}. Rows: "
+        return (f"{at}: {what}, at a learning rate of {lr:g}. Rows: "
                 f"{'; '.join(places)}{more}. Try a smaller learning rate in "
                 f"another folder, and look at these rows.{saved}")
 
@@ -95,7 +105,7 @@ class Run:
         """
         peak, total = optimizer.defaults["lr"], len(plan)
         processes.wait()  # the first process has done with the stage before
-        self.sums, count, first, since = {}, 0, 0, time.time()
+        self.sums, self.unchecked, count, first, since = {}, [], 0, 0, time.time()
         if saved := self.restore(stage, model, optimizer):
             first, count, since = saved["step"], saved["count"], since - saved["seconds"]
             if processes.rank() == 0:  # it holds the sums of all
@@ -104,13 +114,14 @@ class Run:
         if processes.rank() == 0:
             write_jsonl(kept, self.metrics)  # the lines after the last saving will come again
         logged = [r["loss"] for r in kept if r["stage"] == stage and "loss" in r]
-        command.can_wait = True
+        command.trainings.append(self)
         try:
             with tqdm(desc=f"{stage:>8}", unit="step", initial=first, total=total,
                       dynamic_ncols=True) as bar:
                 for step in range(first, total):
                     stop = processes.any_of(command.asked_to_stop)
                     if step > first and (step % SAVE_EVERY == 0 or stop):
+                        self.check()
                         checkpoints.save({
                             "stage": stage, "step": step, "model": model.state_dict(),
                             "optimizer": optimizer.state_dict(), "random": torch.get_rng_state(),
@@ -127,6 +138,7 @@ class Run:
                     bar.update()
                     # step 0 has a line of its own: it shows the model before any update
                     if step == 0 or (step + 1) % LOG_EVERY == 0 or step + 1 == total:
+                        self.check()
                         values = {name: v / count for name, v in self.totals().items()}
                         speed = count * len(plan[step]) / (time.time() - since)
                         self.record(stage=stage, step=step, **values, lr=self.lr,
@@ -139,9 +151,18 @@ class Run:
                                       f"{peak:g} at its peak, too large?")
                         self.sums, count, since = {}, 0, time.time()
         finally:
-            command.can_wait = False
+            command.trainings.remove(self)
         if processes.rank() == 0:
             self.state.unlink(missing_ok=True)
+
+    def take_over(self, side):
+        """Put the metrics of a run in a folder inside this one's behind its own, in place of any
+        that it has of that stage. The folder goes."""
+        rows = read_jsonl(side.metrics)
+        if rows and processes.rank() == 0:
+            own = [r for r in read_jsonl(self.metrics) if r["stage"] != rows[0]["stage"]]
+            write_jsonl(own + rows, self.metrics)
+            shutil.rmtree(side.folder)
 
     def totals(self):
         """What was logged since the last line, added up over steps and processes."""

@@ -62,13 +62,13 @@ class Trie:
         logits = model(torch.tensor([prompt_ids], device=device), cache)[:, -1]  # (1, V)
         so_far = torch.zeros(len(logits), dtype=torch.float64)  # each prefix's log-probability
         for (parent, token), (leaf_parent, leaf_token, which) in zip(self.levels, self.leaves):
-            next_logps = torch.log_softmax(logits.float(), -1).cpu().double()  # (n_{d-1}, V)
+            next_logps = torch.log_softmax(logits.float(), -1).cpu()  # (n_{d-1}, V)
             out[which] = so_far[leaf_parent] + next_logps[leaf_parent, leaf_token]
             if len(parent) == 0:
                 break
             so_far = so_far[parent] + next_logps[parent, token]  # (n_d,)
             origin = parent.to(device)  # (n_d,)
-            cache = [(k[origin], v[origin]) for k, v in cache]
+            cache = [(k.index_select(0, origin), v.index_select(0, origin)) for k, v in cache]
             logits = model(token[:, None].to(device), cache)[:, 0]  # (n_d, V)
         model.train(was_training)
         return out

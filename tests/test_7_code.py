@@ -594,7 +594,7 @@ class Heavy(torch.nn.Module):
         self.weight = torch.randn(30, 8).to(dtype)
         self.runs = self.asked = 0
 
-    def hidden(self, tokens):
+    def hidden(self, tokens, needed=None):
         self.runs += 1
         return self.states[tokens]
 

@@ -22,21 +22,24 @@ for name, size in TINY.items():
 
 def test_the_operations_are_those_that_pytorch_counts():
     """Of a forward and a backward pass over 2 x 2 sequences of 7 tokens, 4 of them scored; exactly.
-    The kernel that PyTorch can count computes all 7 x 7 weights of the attention."""
+    They begin with different tokens, and the last one is not read. The kernel that PyTorch can
+    count computes all 6 x 6 weights of the attention."""
     model = GPT(GPTConfig(7, 11, n_layer=2, n_head=2, n_embd=32))
     mask = (torch.arange(7) >= 3).expand(4, 7)
+    tokens = torch.arange(28).view(4, 7) % 11
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        sequence_logps(model, torch.randint(11, (4, 7)), mask).sum().backward()
-    once = bench.flops(TINY, tokens=4 * 7, scored=4 * 4, seen=4 * 7 * 7)
+        sequence_logps(model, tokens, mask).sum().backward()
+    once = bench.flops(TINY, tokens=4 * 6, scored=4 * 4, seen=4 * 6 * 6)
     assert 3 * once == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("kind, responses, length, passes", [
     ("dpo", 2, 4, 3), ("generate", 1, bench.NEW, 1)])
 def test_useful_is_what_the_tokens_of_one_row_need(kind, responses, length, passes):
-    """The row is the prompt and the responses. Each (query, key) is looked at: a token sees the
-    prompt and its own response, up to itself. A backward pass is two forward passes."""
-    part = [0] * 3 + [i + 1 for i in range(responses) for _ in range(length)]
+    """The row is the prompt and the responses, less the last token of each. Each (query, key) is
+    looked at: a token sees the prompt and its own response, up to itself. A backward pass is two
+    forward passes."""
+    part = [0] * 3 + [i + 1 for i in range(responses) for _ in range(length - 1)]
     seen = sum(part[key] in (0, part[query])
                for query in range(len(part)) for key in range(query + 1))
     once = bench.flops(TINY, len(part), responses * length, seen)

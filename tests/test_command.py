@@ -46,7 +46,7 @@ def test_a_signal_waits_for_the_step_of_a_training(which, monkeypatch):
     def main():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(which)
-        monkeypatch.setattr(command, "can_wait", True)
+        monkeypatch.setattr(command, "trainings", ["one"])
         signal.raise_signal(which)
         came.append(command.asked_to_stop)
         signal.raise_signal(which)

@@ -3,9 +3,12 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dpo import response_logps
-from model import GPT, GPTConfig, sample
+from model import GPT, GPTConfig, sample, sequence_logps
+from support.prefixes import distinct_prefixes
 
 CONFIG = GPTConfig(block_size=24, vocab_size=40, n_layer=2, n_head=2, n_embd=16)
 
@@ -88,6 +91,68 @@ def test_hidden_states_then_head_is_forward(model):
     tokens = torch.randint(40, (3, 7))
     assert torch.equal(model.head(model.hidden(tokens)), model(tokens))
     assert model.head.weight is model.wte.weight, "the head is tied to the token embedding"
+
+
+# ---- What several rows begin with is computed once
+
+rows_and_needed = st.integers(1, 6).flatmap(lambda t: st.lists(
+    st.tuples(*[st.lists(kind, min_size=t, max_size=t) for kind in (st.integers(0, 2),
+                                                                    st.booleans())]),
+    min_size=1, max_size=7))
+
+
+@given(rows_and_needed)
+def test_each_beginning_is_found_once(both):
+    """The oracle is a set of tuples. For any rows of three kinds of token, so that many begin
+    alike, and any needed places: the beginnings found are those up to a needed place, each once,
+    and the tables lead from a needed place to its own beginning. Exact."""
+    idx, needed = [torch.tensor(part) for part in zip(*both)]
+    tokens, pos, state, place = distinct_prefixes(idx, needed)
+    spelled = []  # the beginning that each state stands for, spelled by the table
+    for n in range(len(tokens)):
+        b, t = divmod(place[n].item(), idx.size(1))
+        assert t == pos[n], "a state stands at another position than the table says"
+        assert state[b, t] == n, "the place of a state holds another state"
+        spelled.append(tuple(tokens[state[b, :t + 1]].tolist()))
+    wanted = {(ids[0],) for ids in idx.tolist()}  # the first token is always computed
+    for b, t in needed.nonzero().tolist():
+        beginning = tuple(idx[b, :t + 1].tolist())
+        assert spelled[state[b, t]] == beginning, "a place has the state of another beginning"
+        wanted |= {beginning[:i + 1] for i in range(t)} | {beginning}
+    assert len(set(spelled)) == len(spelled), "a beginning is computed twice"
+    assert set(spelled) == wanted, "a beginning is missing, or padding is computed"
+
+
+@given(rows_and_needed, st.integers(0, 99))
+def test_beginnings_computed_once_change_no_state_and_no_gradient(both, seed):
+    """Against `hidden` of every row and every place, in float64: states where they are needed, and
+    the gradients of a random function of them; tolerance 1e-12."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(block_size=6, vocab_size=3, n_layer=2, n_head=2, n_embd=8)).double()
+    idx, needed = [torch.tensor(part) for part in zip(*both)]
+    weights = torch.randn(*idx.shape, 8).double() * needed[..., None]
+    results = []
+    for states in (model.hidden(idx, needed=needed), model.hidden(idx)):
+        gradients = torch.autograd.grad((states * weights).sum(), model.h.parameters())
+        results.append([states[needed], *gradients])
+    for got, want in zip(*results):
+        assert torch.allclose(got, want, rtol=0, atol=1e-12), (got - want).abs().max()
+
+
+def test_a_pair_costs_its_prompt_once(model):
+    """Two pairs. The second one's prompt is what the first one's begins with. The responses of the
+    first begin with the same token. The last token of a response predicts nothing. So the model
+    runs on 3 + 1 + 2 + 2 tokens of the first pair, on 3 + 1 of the second, and on no padding."""
+    seen = []
+    model.h[0].mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    texts = [([1, 2, 3], [4, 5, 6, 0]), ([1, 2], [7, 8, 9, 0]),
+             ([1, 2, 3], [4, 7, 7, 0]), ([1, 2], [9, 0])]
+    tokens = torch.tensor([x + y + [0] * (7 - len(x + y)) for x, y in texts])
+    position = torch.arange(7)
+    mask = torch.stack([(position >= len(x)) & (position < len(x + y)) for x, y in texts])
+    logps = sequence_logps(model, tokens, mask)
+    assert seen == [(12, 16)], f"the MLP saw {seen}; wanted 12 states of 16 numbers"
+    assert torch.allclose(logps, response_logps(model(tokens), tokens, mask), rtol=0, atol=1e-5)
 
 
 def test_cache_gives_the_same_logits_in_any_pieces(model, monkeypatch):

@@ -209,6 +209,45 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
                 assert run.state.exists()
 
 
+class OnGPU(torch.Tensor):
+    device = torch.device("cuda")
+
+
+def test_on_a_gpu_it_stops_before_the_next_line_is_written(tmp_path, monkeypatch):
+    """There nobody looks at a gradient in every step. The step, its rate and its rows are those of
+    the first gradient that was no number. The lines and the saved state are from before it."""
+    monkeypatch.setattr(support.run, "SAVE_EVERY", 4)
+    monkeypatch.setattr(support.run, "LOG_EVERY", 3)
+    run, seen = Run(tmp_path), []
+    with pytest.raises(SystemExit) as stopped:
+        for step, _ in run.steps("some", *one_weight(), [[i, 20 + i] for i in range(9)]):
+            seen.append(step)
+            norm = torch.tensor(1.0 if step < 6 else math.nan).as_subclass(OnGPU)
+            run.log(loss=torch.tensor(0.5 if step < 6 else math.nan), grad_norm=norm)
+    assert seen == list(range(8)), "a step waited for the GPU, or what is no number was saved"
+    assert str(stopped.value).startswith(
+        f"some, step 6: the loss is nan, at a learning rate of {cosine(6, 9):g}. Rows: 6; 26. Try")
+    assert [row["step"] for row in read_jsonl(run.metrics)] == [0, 2, 5]
+    assert checkpoints.load(run.state)["step"] == 4
+
+
+def test_the_lines_of_a_run_on_the_side_are_taken_over(tmp_path):
+    """They come behind the run's own. Done again, after an interruption, nothing comes twice. Where
+    there is no such run nothing changes. Its folder goes, with all that an interruption left."""
+    run, side = Run(tmp_path), Run(tmp_path / "side")
+    run.take_over(side)
+    assert not run.metrics.exists()
+    for r, stage, step in ((run, "a", 0), (run, "a", 1), (side, "b", 0), (side, "b", 1)):
+        r.record(stage=stage, step=step)
+    half_done = run.metrics.read_bytes() + side.metrics.read_bytes()
+    run.metrics.write_bytes(half_done)
+    (side.folder / "writing-state.pt").write_bytes(b"half")
+    for _ in range(2):
+        run.take_over(side)
+        assert not side.folder.exists()
+        assert run.metrics.read_bytes() == half_done
+
+
 def test_a_loss_that_stays_high_is_said_while_it_happens(tmp_path, monkeypatch, bars):
     """Once the loss has been above twice that of step 0 for three lines, it is said. It is said
     again only after it came down. A loss that jumps once, or stays at twice, is no reason."""
@@ -236,17 +275,17 @@ def test_ctrl_c_ends_the_training_after_its_step(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             train_a_little(run, plan, pressed_in=pressed_in)
         assert checkpoints.load(run.state)["step"] == pressed_in + 1
-        assert command.can_wait is False
+        assert command.trainings == []
         command.asked_to_stop = False
         assert torch.equal(train_a_little(run, plan), want), f"interrupted in {pressed_in}"
         rows = [without_speed(read_jsonl(r.metrics)) for r in (whole, run)]
         assert rows[0] == rows[1]
-    command.can_wait = True
+    monkeypatch.setattr(command, "trainings", [run])
     command.note(None, None)
     with pytest.raises(KeyboardInterrupt):
         command.note(None, None)
     monkeypatch.setattr(command, "asked_to_stop", False)
-    command.can_wait = False
+    command.trainings.clear()
     with pytest.raises(KeyboardInterrupt):
         command.note(None, None)
 

@@ -231,10 +231,12 @@ def test_dpo_is_six_steps_by_hand(toy, examples, tmp_path, objective):
 
 
 def test_a_training_in_bfloat16_is_one_in_float32_but_for_rounding(tmp_path):
-    """24 steps of DPO on toy pairs, in both. In bfloat16 too the first loss is ln 2 (1e-6): the
-    reference was computed in the same way. Weights stay float32. Each logged loss differs by less
-    than 0.03, while the loss falls by more than 0.1. If autocast kept its copy of the weights,
-    every step would see those of the first. The exact measurement is float32 in both."""
+    """24 steps of DPO on toy pairs, in both. The first loss is ln 2 in both: the reference was
+    computed in the same way. In float32 to 1e-6. In bfloat16 to 1e-3, since how a product of
+    matrices is rounded depends on how many rows they have. Weights stay float32. Each logged loss
+    differs by less than 0.03, while the loss falls by more than 0.1. If autocast kept its copy of
+    the weights, every step would see those of the first. The exact measurement is float32 in
+    both."""
     torch.manual_seed(0)
     tokenizer = data.get_tokenizer("toy")
     some, _ = data.tokenize(data.make_preferences(64), tokenizer)
@@ -250,7 +252,8 @@ def test_a_training_in_bfloat16_is_one_in_float32_but_for_rounding(tmp_path):
         assert torch.equal(measured, exact_logps(policy, prompts))
         assert {p.dtype for p in policy.parameters()} == {torch.float32}
         losses[dtype] = [row["loss"] for row in read_jsonl(tmp_path / dtype / "metrics.jsonl")]
-        assert losses[dtype][0] == pytest.approx(math.log(2), abs=1e-6)
+        tolerance = {"float32": 1e-6, "bfloat16": 1e-3}[dtype]
+        assert losses[dtype][0] == pytest.approx(math.log(2), abs=tolerance)
         assert losses[dtype][-1] < losses[dtype][0] - 0.1, losses
     assert losses["float32"] != losses["bfloat16"]
     assert losses["bfloat16"] == pytest.approx(losses["float32"], abs=0.03)
