@@ -1,5 +1,7 @@
 """pytest's options. They stand in this file because pytest reads its command line before it reads
 tests/conftest.py."""
+import os
+import signal
 import sys
 
 import pytest
@@ -23,6 +25,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if "PYTEST_XDIST_WORKER" in os.environ:  # it ignores the interrupt that ends a student's loop
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "grades(function): this proof also tests a student's "
                                        "function, see --impl")
     config.addinivalue_line("markers", "slow: a file that takes long; -m 'not slow' leaves it out")
@@ -36,6 +40,7 @@ def pytest_configure(config):
         put_bug_into_effect(config, config.getoption("--bug"))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     """--claims and --impl print what they have to say. They run no tests in this process."""
     if config.getoption("--claims"):
@@ -48,6 +53,19 @@ def pytest_cmdline_main(config):
         sys.stdout.reconfigure(encoding="utf-8")
         options = ["--seed", str(config.getoption("--seed")), "-k", config.getoption("keyword")]
         return command(config.getoption("--impl"), options, config.getoption("verbose") > 0)
+    use_all_cores(config)
+
+
+def use_all_cores(config):
+    """Where no file is named and pytest-xdist is not told otherwise, each core runs tests, and each
+    file is run by one process, since its tests share what they have trained. -n 0 runs all tests in
+    this process. A process beside others has one core for its matrices, too."""
+    option = config.option
+    alone = option.file_or_dir or option.claim is not None or option.usepdb or option.collectonly
+    if not alone and option.numprocesses is None and "PYTEST_XDIST_WORKER" not in os.environ:
+        option.numprocesses, option.dist = os.cpu_count(), "loadfile"
+    if option.numprocesses:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_report_header(config):

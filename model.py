@@ -168,7 +168,8 @@ class GPT(nn.Module):
         Returns a list of B lists: the new tokens of each prompt. The model keeps its mode.
 
         Generation starts at the end of the shortest prompt. A longer prompt is read to its end
-        first. So nothing is padded on the left, and every token stands at its true position.
+        first. So nothing is padded on the left, and every token stands at its true position. A
+        text that has ended leaves the batch.
         """
         if not prompts or min(map(len, prompts)) == 0:
             raise ValueError("generate needs at least one prompt, and a token in each")
@@ -184,18 +185,22 @@ class GPT(nn.Module):
         tokens = torch.zeros(len(prompts), end, dtype=torch.long, device=device)  # (B, end)
         for row, p in zip(tokens, prompts):
             row[:len(p)] = torch.tensor(p, device=device)
-        done = torch.zeros(len(prompts), dtype=torch.bool, device=device)  # (B,)
+        rows = torch.arange(len(prompts), device=device)  # (b,): the texts that go on
         cache = self.new_cache()
         self.eval()
         read = 0  # how many tokens the cache holds already
         for t in range(start, end):
-            logits = self.head(self.hidden(tokens[:, read:t], cache)[:, -1])  # (B, V)
+            logits = self.head(self.hidden(tokens[rows, read:t], cache)[:, -1])  # (b, V)
             read = t
-            new = sample(logits, temperature, top_k)  # (B,)
-            tokens[:, t] = torch.where(t < lengths, tokens[:, t], new)
+            new = sample(logits, temperature, top_k)  # (b,)
+            written = t >= lengths[rows]  # (b,): a longer prompt goes on with its own token
+            tokens[rows, t] = torch.where(written, new, tokens[rows, t])
+            done = t + 1 >= lengths[rows] + max_new_tokens  # (b,)
             if eos_id is not None:
-                done |= (t >= lengths) & (tokens[:, t] == eos_id)
-            if (done | (t + 1 >= lengths + max_new_tokens)).all():
+                done |= written & (tokens[rows, t] == eos_id)
+            if done.any():
+                rows, cache = rows[~done], [(k[~done], v[~done]) for k, v in cache]
+            if len(rows) == 0:
                 break
         self.train(was_training)
         responses = []

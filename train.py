@@ -26,7 +26,7 @@ from losses import LOSSES, SMOOTHED, missing_mass
 from model import GPT, GPTConfig, sequence_logps
 from support import checkpoints, command, flags, own_data, processes
 from support.files import write_json
-from support.machine import pick_device, precision_of
+from support.machine import pick_device, precision_of, recompute
 from support.run import Run, start
 
 SFT_TEXTS, SFT_BATCH = 48_000, 32  # the toy corpus
@@ -190,6 +190,7 @@ def main(argv=None):
             reference = GPT(GPTConfig(block_size, tokenizer.n_vocab, args.n_layer,
                                       n_head=args.n_embd // 32, n_embd=args.n_embd))
         reference = reference.to(device)
+        recompute(reference, args.recompute)
         size = sum(p.numel() for p in reference.parameters())
         print(f"Model: {size:,} parameters on {device}. SFT on {len(texts):,} texts, "
               f"then DPO on {len(examples):,} pairs, beta = {args.beta:g}.")
@@ -222,6 +223,7 @@ def main(argv=None):
     def train_policy(run, stage, settings):
         # the policy's own copy of the weights: the reference must not move with it
         policy = copy.deepcopy(reference).requires_grad_(True)
+        recompute(policy, args.recompute)
         with precision_of(args.dtype, device):
             train_dpo(policy, examples, ref_logps, run, stage=stage, ceiling=ceiling,
                       measure=measure, **settings)

@@ -18,7 +18,6 @@ import argparse
 import json
 import math
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -33,24 +32,17 @@ from tqdm import tqdm
 import data
 import train
 from lab.export import write_model
+from lab.sides import BETA, LR, NEW, STEPS, TEXTS, since
 from model import GPT, GPTConfig
-from support import command, flags, machine, run
+from support import command, flags, machine
 from support.files import write_json
-
-try:
-    import resource
-except ImportError:
-    resource = None  # Windows does not have it
 
 SIZES = {"n_layer": "blocks", "n_embd": "channels", "n_head": "attention heads",
          "vocab": "tokens in the vocabulary", "prompt": "tokens a prompt",
          "response": "tokens a response", "pairs": "pairs a step"}
 SHAPES = {"toy": (4, 128, 4, 512, 16, 24, 32), "small": (6, 384, 6, 512, 64, 64, 8),
           "gpt2": (12, 768, 12, 50_257, 128, 128, 2), "long": (6, 384, 6, 512, 192, 32, 8)}
-STEPS = 20  # whose losses are compared; as many batches differ
-TEXTS, NEW = 64, 64  # texts that are made at once, and new tokens of each
 WARM, TURN = 2, 1.0  # turns that are not timed; the seconds that any other takes at least
-LR, BETA = 2e-5, 0.1
 SQUARE = {"cpu": 1024, "mps": 4096, "cuda": 8192}  # the sides of a large matrix, for each device
 OURS = "here"
 # What TRL is told so that it computes the same as we do, and writes nothing.
@@ -60,7 +52,7 @@ AS_IT_COMES = {"learning_rate": LR, "lr_scheduler_type": "constant", "adam_beta2
                "report_to": "none", "save_strategy": "no"}
 # What makes it faster. AdamW is fused already; padding_free does nothing in 1.16.
 AT_ITS_BEST = AS_IT_COMES | {"gradient_checkpointing": False, "precompute_ref_log_probs": True}
-SIDES = {  # for each kind of work: the sides, each a function below with its settings
+SIDES = {  # for each kind of work: the sides, each a function of lab/sides.py with its settings
     "dpo": {OURS: ("dpo", {}), "TRL as it comes": ("trl", AS_IT_COMES),
             "TRL at its best": ("trl", AT_ITS_BEST)},
     "generate": {OURS: ("generate", {}), "transformers": ("transformers", {})}}
@@ -114,134 +106,13 @@ def figures(turns, rates, items, tokens, operations):
     return out
 
 
-# ---- The sides. Each works in a process of its own, and takes next(orders) before every step.
-
-def work():
-    """Be the side that `take_turns` has started."""
-    task = json.loads(sys.argv[1])
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
-    torch.set_num_threads(task["threads"])
-    losses = []
-    with machine.precision_of(task["dtype"], task["device"]):
-        globals()[task["side"]](task, orders(answers, losses, task["device"]), losses)
-
-
-def orders(answers, losses, device):
-    """An order is a line with a number k. Yields k times, then answers it."""
-    for line in sys.stdin:
-        start = time.perf_counter()
-        for _ in range(int(line)):
-            yield
-        seconds = since(start, device)
-        answer = {"seconds": seconds, "losses": list(map(float, losses)), "memory": memory(device)}
-        print(json.dumps(answer), file=answers, flush=True)
-        losses.clear()
-    raise SystemExit
-
-
-def since(start, device):
-    getattr(torch, device).synchronize()
-    return time.perf_counter() - start
-
-
-def memory(device):
-    """The most bytes that this process has held, or None where the system does not say."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def texts(shape, lengths):
-    """Random tokens, a list for each length. They are the same in every process."""
-    generator = random.Random(0)
-    return [generator.choices(range(shape["vocab"]), k=n) for n in lengths]
-
-
-def pairs(shape):
-    """(examples for STEPS batches, the batches in the order in which train_dpo takes them)"""
-    lengths = [shape["prompt"], shape["response"], shape["response"]]
-    tokens = iter(texts(shape, lengths * shape["pairs"] * STEPS))
-    examples = [data.Example(*three) for three in zip(tokens, tokens, tokens)]
-    return examples, data.epochs([len(e) for e in examples], shape["pairs"], seed=0, n=1)
-
-
-def dpo(task, orders, losses):
-    run.SAVE_EVERY = math.inf  # TRL saves nothing either
-    policy = GPT.from_pretrained(task["weights"]).to(task["device"]).eval()
-    examples, _ = pairs(task["shape"])
-    batch, paced = task["shape"]["pairs"], run.Run(task["folder"])
-    steps = paced.steps
-
-    def with_orders(stage, model, optimizer, *others):
-        for step in steps(stage, model, optimizer, *others):
-            for group in optimizer.param_groups:
-                group["lr"] = LR  # constant, as TRL's
-            next(orders)
-            yield step
-            losses.append(paced.losses[0])
-
-    paced.steps = with_orders
-    ref = train.reference_logps(policy, examples, batch)
-    train.train_dpo(policy, examples, ref, paced, beta=BETA, epochs=501, batch_size=batch, lr=LR,
-                    seed=0)
-
-
-def trl(task, orders, losses):
-    from datasets import Dataset
-    from transformers import TrainerCallback
-    from trl import DPOConfig, DPOTrainer
-
-    class Pace(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            next(orders)
-
-    class Trainer(DPOTrainer):
-        def _prepare_dataset(self, dataset, *_):
-            return dataset  # these are tokens already
-
-        def compute_loss(self, *args, **kwargs):
-            loss = super().compute_loss(*args, **kwargs)
-            losses.append(loss.detach())
-            return loss
-
-    examples, plan = pairs(task["shape"])
-    rows = []
-    for e in (examples[i] for batch in plan for i in batch):
-        rows.append({"prompt_ids": e.prompt, "chosen_ids": e.chosen, "rejected_ids": e.rejected})
-    config = DPOConfig(task["folder"], per_device_train_batch_size=task["shape"]["pairs"],
-                       use_cpu=task["device"] == "cpu", bf16=task["dtype"] == "bfloat16",
-                       **task["settings"])
-    Trainer(task["weights"], args=config, train_dataset=Dataset.from_list(rows),
-            callbacks=[Pace()]).train()
-
-
-def generate(task, orders, losses):
-    model = GPT.from_pretrained(task["weights"]).to(task["device"])
-    prompts = texts(task["shape"], [task["shape"]["prompt"]] * TEXTS)
-    for _ in orders:
-        model.generate(prompts, NEW, temperature=0)
-
-
-def transformers(task, orders, losses):
-    from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(task["weights"]).to(task["device"])
-    model.generation_config.eos_token_id = None  # all texts have NEW tokens
-    prompts = texts(task["shape"], [task["shape"]["prompt"]] * TEXTS)
-    prompts = torch.tensor(prompts, device=task["device"])  # (B, T)
-    for _ in orders:
-        model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=NEW,
-                       do_sample=False, use_cache=True)
-
-
 # ---- Taking turns
 
 def start(side, settings, task, python, folder):
     """Start the process of a side: (its log, the process)."""
     folder.mkdir(parents=True)
     words = json.dumps(task | {"side": side, "settings": settings, "folder": str(folder)})
-    code = "from lab import bench; bench.work()"
+    code = "from lab import sides; sides.work()"
     own = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder)}  # nothing is left, or loaded
     with open(folder / "log", "w", encoding="utf-8") as log:
         return folder / "log", subprocess.Popen(
@@ -333,6 +204,27 @@ def table(name, result):
     return "\n".join(lines)
 
 
+def draw(results, path):
+    """The figure of the comparisons: how many times as fast a step is here, with quartiles."""
+    from support import figures  # only here: it chooses matplotlib's backend
+    plt, sides = figures.plt, {"TRL as it comes": "#56B4E9", "TRL at its best": "#0072B2"}
+    fig, ax = plt.subplots(figsize=(6, 1 + 0.7 * len(results)), layout="constrained")
+    for i, (side, colour) in enumerate(sides.items()):
+        low, middle, high = zip(*(shape["dpo"][side]["times_as_fast_here"]
+                                  for shape in results.values()))
+        y = np.arange(len(results)) + 0.36 * i
+        ax.barh(y, middle, 0.34, color=colour, label=f"against {side}",
+                xerr=[np.subtract(middle, low), np.subtract(high, middle)])
+        for where, value in zip(y, middle):
+            ax.text(0.05, where, f"{value:.2f}", va="center", color="black" if i == 0 else "white")
+    ax.axvline(1, color="black", lw=1)
+    ax.set_yticks(np.arange(len(results)) + 0.18, list(results))
+    ax.invert_yaxis()
+    ax.set_xlabel("times as fast here: the time of a DPO step there / here (1 is equal)")
+    fig.legend(loc="outside upper center", ncols=2)
+    figures.save(fig, path)
+
+
 def python_with_trl(text):
     """An argparse type: the path of a python that has TRL."""
     code = "from importlib.metadata import version; version('trl')"
@@ -373,7 +265,8 @@ def parse_args(argv):
         help="of a process (default: as many as PyTorch takes)")
     add("--device", metavar="{auto,cpu,cuda,mps}", type=machine.device, default="auto")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all sides")
-    add("--json", metavar="FILE", type=json_file, help="a file for all figures")
+    add("--json", metavar="FILE", type=json_file, help="a file for all figures, and beside it, "
+        "with --against trl, a drawing of them (.png)")
     args = parser.parse_args(argv)
     args.device = machine.pick_device(args.device)
     if args.against and not args.trl_python:
@@ -403,6 +296,8 @@ def main(argv=None):
             write_json({"device": args.device, "threads": args.threads, "dtype": args.dtype,
                         "trl": [AS_IT_COMES, AT_ITS_BEST], "sizes": args.sizes,
                         "results": results}, args.json)
+            if "trl" in args.against and "dpo" in args.work:
+                draw(results, args.json.with_suffix(".png"))
     for name, result in results.items():
         sizes = ", ".join(f"{args.sizes[name][key]:,} {meaning}" for key, meaning in SIZES.items())
         print(f"\n{table(name, result)}\n{name}: {sizes}")

@@ -164,6 +164,9 @@ def make_parser(description):
     add_number("accumulate", default=1,
                help="the parts that a batch is worked through in; more parts need less memory and "
                     "give the same gradient (default: 1)")
+    add("--recompute", action="store_true",
+        help="each block computes its states again for the gradient: a third more time, the same "
+             "result, and far less memory for a deep model")
     add_number("max_length",
                help="with --data, the longest pair in tokens; longer ones are left out and "
                     f"counted (default: {OWN_ALONE['max_length']})")

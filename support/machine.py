@@ -5,9 +5,11 @@ import os
 import shutil
 import sys
 from argparse import ArgumentTypeError
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from support.gpt2 import GPT2
 from support.tokenizers import get_tokenizer
@@ -50,6 +52,14 @@ def precision_of(dtype, device):
                           cache_enabled=False)
 
 
+def recompute(model, wanted):
+    """Let each block of a GPT compute its states again for the gradient, if that is wanted. A
+    deepcopy of the model does it too."""
+    for block in model.h if wanted else ():
+        forward = type(block).forward.__get__(block)
+        block.forward = partial(checkpoint, forward, use_reentrant=False)
+
+
 def memory(device):
     """The bytes of memory that a device has. None where that is unknown."""
     if device == "cuda":
@@ -77,7 +87,9 @@ def needs(args):
         files = path.glob("*.safetensors") if path.is_dir() else [path]
         size, n_layer = sum(f.stat().st_size for f in files) / 4, 0
     # as measured: for its gradient a block keeps 24 states a token, and a logit 3 float32
-    states = 24 * n_layer * n_embd * (2 if args.dtype == "bfloat16" else 4)
+    states = 24 * n_embd * (2 if args.dtype == "bfloat16" else 4)
+    # where blocks compute theirs again, one of them does at a time; between blocks is float32
+    states = states + 4 * n_embd * n_layer if args.recompute else states * n_layer
     tokens = 2 * math.ceil(args.batch_size / args.accumulate) * longest
     ram = IN_MEMORY * size + tokens * (states + 12 * vocabulary)
     return ram, ON_DISK * size + 20e6  # the last are metrics and figures

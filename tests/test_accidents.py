@@ -56,11 +56,11 @@ command.run(lambda: train.main(sys.argv[2:]))
 
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun's gloo is not built for Windows")
 def test_two_processes_are_one(tmp_path):
-    """51 steps of SFT, of plain DPO and of DPO, on one process and on two; the last batch has one
-    row, so that a process is without work. In the middle of DPO one of the two is interrupted;
-    both stop, and go on with --resume. All that is logged agrees to 1e-9, and the weights to 1e-8.
-    That is in float64. In float32 the key biases differ: a softmax does not see them, so their
-    gradient is rounding, and Adam makes steps of full size of any gradient."""
+    """51 steps of SFT, of DPO and of plain DPO, on one process and on two; the last batch has one
+    row, so that a process is without work. In the middle of plain DPO one of the two is
+    interrupted; both stop, and go on with --resume. All that is logged agrees to 1e-9, and the
+    weights to 1e-8. That is in float64. In float32 the key biases differ: a softmax does not see
+    them, so their gradient is rounding, and Adam makes steps of full size of any gradient."""
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER, encoding="utf-8")
     small = ["--pairs", "1601", "--epochs", "1", "--batch-size", "32", "--n-embd", "32",
@@ -77,7 +77,8 @@ def test_two_processes_are_one(tmp_path):
     assert alone.returncode == 0, alone.stderr[-2000:]
     stopped = run(two, 2 * 51 + 23, both)
     assert stopped.returncode != 0 and "--resume continues" in stopped.stderr
-    assert (both / "plain.pt").exists() and (both / "state.pt").exists(), "one did not wait"
+    assert (both / "dpo.pt").exists(), "the two stopped elsewhere"
+    assert (both / "plain" / "state.pt").exists(), "one did not wait"
     again = run(two, 0, both, "--resume")
     assert again.returncode == 0, again.stderr[-2000:]
     assert again.stdout.count("Done in") == 1, "one voice is enough"

@@ -10,8 +10,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lab import bench
+from lab import bench, sides
 from model import GPT, GPTConfig, sequence_logps
+from support import figures
 
 TINY = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab": 11, "prompt": 3, "response": 4,
         "pairs": 2}
@@ -77,7 +78,7 @@ def test_a_run_of_a_tiny_shape(tmp_path, monkeypatch, capsys):
         for name in ("per_second", "tokens_per_second", "share_of_peak"):
             low, median, high = row[name]
             assert 0 < low <= median <= high < math.inf
-        assert bench.resource is None or 1e8 < row["peak_memory"] < 1e10
+        assert sides.resource is None or 1e8 < row["peak_memory"] < 1e10
     ratio = np.divide(*[row[name][1] for row in [written["results"]["toy"]["dpo"]["here"]]
                         for name in ("tokens_per_second", "per_second")])
     assert ratio == pytest.approx(3 + 2 * 4)
@@ -95,6 +96,26 @@ def test_with_trl_the_losses_are_the_same(tmp_path, monkeypatch):
     assert list(results["generate"]) == ["here", "transformers"]
     for row in results["dpo"].values():
         assert row["losses_compared"] == 20 and row["loss_difference"] < 1e-4
+
+
+def test_the_drawing_has_a_bar_for_each_ratio(tmp_path, monkeypatch):
+    """Two shapes and two settings of TRL: four bars as long as the medians, with their numbers, and
+    lines from quartile to quartile."""
+    ratios = {"TRL as it comes": ([2, 3, 4], [1, 2.5, 3]),
+              "TRL at its best": ([1, 1.5, 2], [1, 1, 1])}
+    results = {name: {"dpo": {side: {"times_as_fast_here": rows[i]}
+                              for side, rows in ratios.items()}}
+               for i, name in enumerate(("toy", "small"))}
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda fig, path: drawn.append((fig, path)))
+    bench.draw(results, tmp_path / "a.png")
+    (fig, path), = drawn
+    ax = fig.axes[0]
+    assert [bar.get_width() for bar in ax.patches] == [3, 2.5, 1.5, 1]
+    assert [text.get_text() for text in ax.texts] == ["3.00", "2.50", "1.50", "1.00"]
+    lines = [segment[:, 0].tolist() for bars in ax.collections for segment in bars.get_segments()]
+    assert lines == [[2, 4], [1, 3], [1, 2], [1, 1]] and path == tmp_path / "a.png"
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["toy", "small"]
 
 
 def test_a_side_that_ends_says_why(tmp_path):

@@ -485,8 +485,8 @@ def test_a_value_is_shown_with_at_most_60_characters():
     ("a.json", b'[\n{"prompt": "\xff"}]', "byte 0xff at position 15; save the file as UTF-8"),
     ("a.jsonl", b'\n{"prompt": "\xff"}', "line 2: not UTF-8 .byte 0xff at position 13"),
     ("a.jsonl.gz", b"not gzip", "cannot be read"),
-    ("a.jsonl.gz", gzip.compress(b"{}")[:-1], "cannot be read"),
-    ("a.jsonl.gz", gzip.compress(b"{}")[:10] + b"\xff", "cannot be read"),
+    ("a.jsonl.gz", gzip.compress(b"{}", mtime=0)[:-1], "cannot be read"),
+    ("a.jsonl.gz", gzip.compress(b"{}", mtime=0)[:10] + b"\xff", "cannot be read"),
 ])
 def test_a_bad_file_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)

@@ -11,15 +11,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import data
 import evaluate
 import rlhf
 import train
 from conftest import ROOT
 from exercises import find_the_bug, grade_class, grading
 from lab import all_text, bench, compare, export, paper, tables
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, sequence_logps
 from support import checkpoints, flags, machine
 from support.files import write_json
+from support.machine import precision_of
 
 COMMANDS = {"train.py": train.main, "evaluate.py": evaluate.main, "rlhf.py": rlhf.main,
             "lab/all_text.py": all_text.main, "lab/bench.py": bench.main,
@@ -197,7 +199,8 @@ OTHERS = {
     ],
     "exercises/grading.py": [("mine.py", "unrecognized arguments: mine.py")],
 }
-NEVER_WRONG = {"--help", "--resume", "--gradescope"}  # they take no value, and fit every other flag
+# these take no value, and fit every other flag
+NEVER_WRONG = {"--help", "--resume", "--recompute", "--gradescope"}
 
 
 @pytest.fixture
@@ -401,6 +404,35 @@ def test_the_size_of_a_model_is_known_before_it_is_made():
         assert machine.parameters(*shape) == sum(p.numel() for p in model.parameters())
     for name, size in (("gpt2", 124_439_808), ("gpt2-xl", 1_557_611_200)):
         assert machine.parameters(*machine.GPT2[name], 50_257, 1024) == size
+
+
+@pytest.mark.parametrize("n_layer, n_embd", [(2, 64), (6, 128), (12, 128)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_memory_of_a_step_is_about_what_is_expected(n_layer, n_embd, dtype, recompute):
+    """Four pairs that share no token, 64 tokens each, all scored. What the backward pass keeps is
+    counted, each storage once. What is expected is more, since a step holds more for a moment, but
+    not twice as much. Where blocks compute their states again, one block's states come on top."""
+    policy = GPT(GPTConfig(64, data.get_tokenizer("toy").n_vocab, n_layer, n_embd // 32, n_embd))
+    machine.recompute(policy, recompute)
+    tokens = torch.arange(8)[:, None] + torch.randint(250, (8, 64))
+    storages = {}
+
+    def note(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+    with precision_of(dtype, "cpu"), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        sequence_logps(policy, tokens, torch.arange(64).expand(8, 64) > 0)
+    weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    kept = sum(tensor.untyped_storage().nbytes() for where, tensor in storages.items()
+               if where not in weights)
+    args = SimpleNamespace(data="mine.jsonl", max_length=64, batch_size=4, accumulate=1, init=None,
+                           tokenizer="toy", n_layer=n_layer, n_embd=n_embd, dtype=dtype,
+                           recompute=recompute)
+    size = sum(p.numel() for p in policy.parameters())
+    expected = machine.needs(args)[0] - machine.IN_MEMORY * size
+    one_block = 8 * 64 * 24 * n_embd * (2 if dtype == "bfloat16" else 4) if recompute else 0
+    assert kept < expected - one_block < 2 * kept, f"{kept} bytes are kept"
 
 
 def test_a_full_disk_is_seen_before_the_training(desk, monkeypatch, capsys):

@@ -1,4 +1,5 @@
 """model.py: the transformer against one written without it, the cache, and generation."""
+import copy
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from dpo import response_logps
 from model import GPT, GPTConfig, sample, sequence_logps
+from support.machine import recompute
 from support.prefixes import distinct_prefixes
 
 CONFIG = GPTConfig(block_size=24, vocab_size=40, n_layer=2, n_head=2, n_embd=16)
@@ -91,6 +93,30 @@ def test_hidden_states_then_head_is_forward(model):
     tokens = torch.randint(40, (3, 7))
     assert torch.equal(model.head(model.hidden(tokens)), model(tokens))
     assert model.head.weight is model.wte.weight, "the head is tied to the token embedding"
+
+
+def test_states_that_are_computed_again_are_the_same_and_take_less_memory():
+    """With machine.recompute, in training with dropout: logits and gradients to the bit. What the
+    backward pass keeps beside the weights is counted, each storage once. It is less than a quarter.
+    That holds for a copy of the model too, which uses its own weights, and if it is said twice."""
+    gpt = GPT(GPTConfig(24, 9, n_layer=4, n_head=2, n_embd=16, dropout=0.25))
+    tokens, results, kept = torch.randint(9, (3, 20)), [], []
+    for times in range(3):
+        recompute(gpt, times > 0)
+        model, storages = copy.deepcopy(gpt), {}
+
+        def note(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            logits = model(tokens)
+        weights = sum(p.untyped_storage().nbytes() for p in model.parameters())
+        kept.append(sum(storages.values()) - weights)
+        results.append([logits, *torch.autograd.grad(logits.sin().sum(), model.parameters())])
+    for values in zip(*results, strict=True):
+        assert torch.equal(values[0], values[1]) and torch.equal(values[0], values[2])
+    assert kept[1] == kept[2] < kept[0] / 4, f"{kept} bytes are kept"
 
 
 # ---- What several rows begin with is computed once
@@ -225,19 +251,26 @@ def test_generation_stops_after_eos_and_keeps_it(model, monkeypatch):
     """200 tables of 3 texts say which token is drawn where. The tokens are 0 to 3, and 0 is EOS,
     in prompts too. A response is its row after the prompt, up to the first EOS. What is read is
     counted: the shortest prompt's length once, then a token a text, until the last response ends.
+    Of three texts, one that has ended is more than a quarter. So it is read no more.
     """
-    read = []
+    read, sizes = [], []
 
     def hidden(idx, cache):
         read.append(idx.size(1))
-        return torch.zeros(*idx.shape, 16)
+        sizes.append(len(cache[0][0]))
+        assert len(idx) == sizes[-1], "the cache has other rows than the texts that go on"
+        return cache[0][0][:, None, None].expand(*idx.shape, 16)  # which row it is
     monkeypatch.setattr(model, "hidden", hidden)
+    monkeypatch.setattr(model.head, "forward", lambda states: states[:, 0].long())
+    rows_of_cache = torch.arange(3.0)
+    monkeypatch.setattr(model, "new_cache", lambda: [(rows_of_cache, rows_of_cache)])
     for k in range(200):
         table, lengths = torch.randint(4, (3, 11)), torch.randint(1, 6, (3,)).tolist()
         rows = table.tolist()
         eos, start = (None, 0)[k % 2], min(lengths)
         read.clear()
-        monkeypatch.setattr("model.sample", lambda *_: table[:, start + len(read) - 1])
+        sizes.clear()
+        monkeypatch.setattr("model.sample", lambda which, *_: table[which, start + len(read) - 1])
         got = model.generate([row[:n] for row, n in zip(rows, lengths)], 6, eos_id=eos)
         want = [row[n:n + 6] for row, n in zip(rows, lengths)]
         if eos is not None:
@@ -245,6 +278,9 @@ def test_generation_stops_after_eos_and_keeps_it(model, monkeypatch):
         assert got == want, "a response keeps its first EOS, and ends with it"
         last = max(n + len(y) for n, y in zip(lengths, want))
         assert read == [start] + [1] * (last - start - 1), "more is read than is needed"
+        ends = [n + len(y) for n, y in zip(lengths, want)]
+        going_on = [sum(t < end for end in ends) for t in range(start, last)]
+        assert sizes == going_on, "a text that has ended is still read"
 
 
 def test_samples_follow_the_model(model):
