@@ -13,7 +13,7 @@ START = time.time()  # before the imports: the seconds reported are the seconds 
 
 import copy
 import math
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -24,7 +24,7 @@ import evaluate
 import world
 from losses import LOSSES, SMOOTHED, missing_mass
 from model import GPT, GPTConfig, sequence_logps
-from support import checkpoints, command, flags, own_data, processes
+from support import checkpoints, command, flags, own_data, processes, toy_data
 from support.files import write_json
 from support.machine import pick_device, precision_of, recompute
 from support.run import Run, start
@@ -148,18 +148,6 @@ def train_dpo(policy, examples, ref_logps, run, *, stage="dpo", beta, loss="sigm
         run.record(stage=stage, step=len(plan), **measure(policy))
 
 
-# ---- What a run begins with
-
-def load_toy(tokenizer, pairs, annotator, seed):
-    """(SFT texts, examples) of the toy world, in tokens."""
-    encode = lru_cache(maxsize=None)(tokenizer.encode_ordinary)
-    texts = []
-    for prompt, response in data.make_sft_corpus(SFT_TEXTS, seed):
-        texts.append((encode(prompt), encode(response) + [tokenizer.eot_token]))
-    examples, _ = data.tokenize(data.make_preferences(pairs, annotator, seed), tokenizer)
-    return texts, examples
-
-
 # ---- The whole run
 
 def main(argv=None):
@@ -170,7 +158,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     tokenizer = data.get_tokenizer(args.tokenizer)
     if toy:
-        texts, examples = load_toy(tokenizer, args.pairs, args.annotator, args.seed)
+        texts, examples = toy_data.load(tokenizer, SFT_TEXTS, args.pairs, args.annotator, args.seed)
     else:
         texts, examples = own_data.load(args.data, tokenizer, args.max_length, args.seed,
                                         args.skip_bad_rows)

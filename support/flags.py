@@ -17,7 +17,7 @@ OWN = {"sft_epochs": 2, "sft_lr": 2e-3, "epochs": 2, "batch_size": 16, "lr": 1e-
 # flags that only one of the two has
 TOY_ALONE = {"pairs": 40_000, "annotator": "human"}
 OWN_ALONE = {"max_length": 512, "skip_bad_rows": False}
-NOT_KEPT = ("resume", "out_dir", "device")  # these do not decide what a run's result is
+NOT_KEPT = ("resume", "out_dir", "device", "recompute")  # they do not decide a run's result
 RESERVED = {"CON", "PRN", "AUX", "NUL"}  # Windows keeps these names for itself
 DATASET = ("state.json", "dataset_dict.json")  # one of them is in a folder of `datasets`
 

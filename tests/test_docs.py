@@ -1,7 +1,7 @@
 """README.md and the pages in docs/ are run or compared, so that they stay true.
 
-Every number in them comes from docs/results.json or docs/paper/, every command parses, every flag,
-file, link and name exists.
+Every number in them comes from docs/results.json, docs/speed.json or docs/paper/, every command
+parses, every flag, file, link and name exists.
 """
 import ast
 import csv
@@ -13,6 +13,7 @@ import runpy
 import shlex
 import tomllib
 from functools import lru_cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,11 +22,13 @@ import data
 import evaluate
 import world
 from conftest import ROOT
+from lab import bench
 from lab.compare import TITLES
 from lab.paper import AI_BETA, DETAILS, EXPERIMENTS
 from model import GPT, GPTConfig
 from support import own_data, show
 from support.flags import OWN, TOY, parse_args
+from support.machine import GPT2, needs, parameters
 
 SEEDS = {0, 1, 2}
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -656,3 +659,48 @@ def test_no_line_is_longer_than_100_columns(page):
         one_link = re.fullmatch(r"\s*(?:[-*] )?!?\[[^\]]*\]\(\S+\)[.,:;]?", line)
         unbreakable = line.startswith("|") or one_link
         assert len(line) <= 100 or unbreakable, f"{page}, line {n}: {len(line)} columns"
+
+
+# ---- How fast it is, and what GPT-2 needs
+
+SPEED = PAGES["docs/speed.md"]
+
+
+def test_the_speeds_are_those_that_were_measured():
+    """A row for each shape, made of docs/speed.json: medians, and the largest difference of a loss
+    over the fewest steps that were compared."""
+    recorded = json.loads((ROOT / "docs" / "speed.json").read_text(encoding="utf-8"))
+    assert list(recorded["results"]) == list(bench.SHAPES) and recorded["threads"] == 2
+    for name, result in recorded["results"].items():
+        ours, comes, best = result["dpo"].values()
+        cells = [name, *(f"{side['per_second'][1]:.3g}" for side in (ours, comes, best)),
+                 *(f"{side['times_as_fast_here'][1]:.2f}" for side in (comes, best)),
+                 f"{ours['share_of_peak'][1]:.0%}",
+                 *(f"{side['peak_memory'] / 1e9:.2f}" for side in (ours, best)),
+                 f"{max(side['loss_difference'] for side in (comes, best)):.0e} "
+                 f"({min(side['losses_compared'] for side in (comes, best))})"]
+        assert f"| {' | '.join(cells)} |" in SPEED
+
+
+@pytest.mark.parametrize("name", GPT2)
+def test_the_plan_for_gpt2_follows_from_the_estimates(name):
+    """The memory that train.py expects of a batch of 1 and of 16 pairs with 512 tokens. The hours
+    of two epochs of DPO (three passes over a pair, each beginning once), of one pass of the
+    reference, and of two epochs of SFT on the chosen responses."""
+    n_layer, n_embd = GPT2[name]
+
+    def gigabytes(pairs, recompute):
+        return needs(SimpleNamespace(
+            data="mine.jsonl", init=name, tokenizer="gpt2", max_length=512, batch_size=pairs,
+            accumulate=1, dtype="bfloat16", recompute=recompute, n_layer=0, n_embd=0))[0] / 1e9
+
+    shape = {"n_layer": n_layer, "n_embd": n_embd, "vocab": 50_257, "prompt": 256, "response": 256}
+    seen = sum(range(1, 512))  # a token sees itself and those before it; the last one is not read
+    sft = 3 * bench.flops(shape, tokens=511, scored=256, seen=seen)
+    dpo = bench.useful_flops(shape, "dpo")
+    hours = 60_000 * (2 * dpo + dpo / 3 + 2 * sft) / 1e13 / 3600
+    size, memory = parameters(n_layer, n_embd, 50_257, 1024) / 1e6, gigabytes(1, False)
+    fits = ["yes" if memory < card else "no" for card in (12, 24)]
+    assert (f"| {name} | {size:,.0f} million | {memory:.1f} | {fits[0]} | {fits[1]} | {hours:.1f} "
+            f"| {hours / 4:.1f} |") in SPEED
+    assert f"| {name} | {gigabytes(16, False):.1f} | {gigabytes(16, True):.1f} |" in SPEED
