@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from hypothesis import Phase, settings
+from xdist.scheduler import LoadScopeScheduling
 
 
 def pytest_addoption(parser):
@@ -57,15 +58,25 @@ def pytest_cmdline_main(config):
 
 
 def use_all_cores(config):
-    """Where no file is named and pytest-xdist is not told otherwise, each core runs tests, and each
-    file is run by one process, since its tests share what they have trained. -n 0 runs all tests in
-    this process. A process beside others has one core for its matrices, too."""
+    """Where no file is named and pytest-xdist is not told otherwise, each core runs tests. -n 0
+    runs all in this process. A process beside others has one core for its matrices, too."""
     option = config.option
     alone = option.file_or_dir or option.claim is not None or option.usepdb or option.collectonly
     if not alone and option.numprocesses is None and "PYTEST_XDIST_WORKER" not in os.environ:
-        option.numprocesses, option.dist = os.cpu_count(), "loadfile"
+        option.numprocesses = os.cpu_count()
     if option.numprocesses:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """A file is run by one process, since its tests share what they have trained. test_exercises.py
+    takes half of the time. There only the tests with "accident" in their names share something."""
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file, _, test = nodeid.partition("::")
+            alone = file.endswith("test_exercises.py") and "accident" not in test
+            return nodeid if alone else file
+    return ByFile(config, log)
 
 
 def pytest_report_header(config):
