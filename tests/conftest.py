@@ -21,7 +21,7 @@ def tiny():
     """A tiny GPT in float64 and a batch of 3 pairs. Their rewards differ, and so do the weights
     of the three pairs in the gradient."""
     torch.manual_seed(3)
-    config = GPTConfig(block_size=7, vocab_size=9, n_layer=1, n_head=2, n_embd=8)
+    config = GPTConfig(block_size=7, vocab_size=9, n_layer=1, n_head=2, n_embd=4)
     policy = GPT(config).double()
     tokens = torch.randint(9, (6, 7))
     tokens[3:, :2] = tokens[:3, :2]  # both responses of a pair answer the same prompt

@@ -362,7 +362,7 @@ def test_ipo_reaches_its_margin_and_stops(tau):
         logps = torch.log_softmax(theta, -1)
         return losses.ipo_loss(logps[:1], logps[1:2], ref[:1], ref[1:2], beta=tau)[0].sum()
 
-    for time, steps in ((0.2, 50), (8.0, 400)):
+    for time, steps in ((0.2, 50), (8.0, 100)):
         theta = tabular.gradient_flow(loss, ref, time, steps=steps)
         h = (theta[0] - theta[1]) - (ref[0] - ref[1])
         want = vector((1 - math.exp(-4 * time)) / (2 * tau))[0]
@@ -395,7 +395,7 @@ def test_ipo_on_a_chain_of_sure_labels():
     assert_same(theta[0] - theta[2], vector(2)[0] / (3 * tau), 1e-8, what="IPO's gap a-c")
     gaps = []
     for time in (10.0, 100.0, 1000.0):
-        theta = tabular.gradient_flow(dpo_, ref, time)
+        theta = tabular.gradient_flow(dpo_, ref, time, steps=100)
         gaps.append((theta[0] - theta[1]).item())
     assert gaps[1] - gaps[0] > 1 and gaps[2] - gaps[1] > 1, (
         f"on sure labels DPO's gap must grow without end; at times 10, 100, 1000 it is {gaps}")
