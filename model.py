@@ -247,6 +247,7 @@ def sequence_logps(policy, tokens, response_mask):
     prompt and to padding. So the head runs only where a response token follows: policy.hidden
     gives states (B,T,C), policy.head maps states to logits. The result is float32 at least.
     """
+    # A GPU need not wait where tokens and mask are on the CPU: what is looked up is found there.
     mask = response_mask[:, 1:].bool()  # (B, T-1)
     # What several rows begin with, as the responses to one prompt do, is computed once.
     states = policy.hidden(tokens[:, :-1], needed=mask)[mask]  # (N, C)

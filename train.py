@@ -43,7 +43,6 @@ def adamw(model, lr):
 
 def train_sft(model, texts, run, *, epochs, batch_size, lr, seed, accumulate=1):
     """Maximum likelihood of the responses. texts: a list of (prompt ids, response ids)."""
-    device = next(model.parameters()).device
     optimizer = adamw(model, lr)
     lengths = [len(prompt) + len(response) for prompt, response in texts]
     plan = data.epochs(lengths, batch_size, seed, epochs)
@@ -54,7 +53,7 @@ def train_sft(model, texts, run, *, epochs, batch_size, lr, seed, accumulate=1):
             prompts = [texts[i][0] for i in indices]
             responses = [texts[i][1] for i in indices]
             tokens, mask = data.pad(prompts, responses)  # (B, T), (B, T)
-            logps = sequence_logps(model, tokens.to(device), mask.to(device))  # (B,)
+            logps = sequence_logps(model, tokens, mask)  # (B,)
             # The loss is a mean over texts. A mean over tokens would give a short text's tokens
             # more weight than a long text's, and the reference would be terser than its corpus.
             loss = -logps.mean()
@@ -80,7 +79,7 @@ def reference_logps(reference, examples, batch_size):
     for i in tqdm(range(0, len(order), batch_size), desc="     ref", unit="batch",
                   dynamic_ncols=True):
         indices = order[i:i + batch_size]
-        batch = data.collate([examples[j] for j in indices], device=device)
+        batch = data.collate([examples[j] for j in indices])
         logps = sequence_logps(reference, batch["tokens"], batch["response_mask"])  # (2B,)
         out[:, indices] = logps.view(2, -1)  # chosen, rejected
     processes.add_up(out)
@@ -99,7 +98,6 @@ def train_dpo(policy, examples, ref_logps, run, *, stage="dpo", beta, loss="sigm
     of losses.missing_mass and of -log pi(y_w|x). ceiling: the accuracy that the labels' noise
     allows, logged beside the accuracy. measure(policy): a dict, recorded at measure_at.
     """
-    device = next(policy.parameters()).device
     ref_chosen, ref_rejected = ref_logps  # (N,), (N,)
     loss_function = LOSSES[loss]
     options = {"label_smoothing": label_smoothing} if loss in SMOOTHED else {}
@@ -114,7 +112,7 @@ def train_dpo(policy, examples, ref_logps, run, *, stage="dpo", beta, loss="sigm
             run.record(stage=stage, step=step, **measure(policy))
         for share, indices in parts:
             # log pi of both responses is computed; log ref of both is looked up
-            batch = data.collate([examples[i] for i in indices], device=device)
+            batch = data.collate([examples[i] for i in indices])
             logps = sequence_logps(policy, batch["tokens"], batch["response_mask"])  # (2B,)
             chosen, rejected = logps.chunk(2)  # (B,), (B,)
             ref = ref_chosen[indices], ref_rejected[indices]  # (B,), (B,)
