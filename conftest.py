@@ -26,7 +26,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if "PYTEST_XDIST_WORKER" in os.environ:  # it ignores the interrupt that ends a student's loop
+    # The processes of pytest-xdist ignore the interrupt that ends a student's endless loop.
+    if "PYTEST_XDIST_WORKER" in os.environ:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "grades(function): this proof also tests a student's "
                                        "function, see --impl")

@@ -132,8 +132,8 @@ class GPT(nn.Module):
         """Token ids idx (B,T) -> the states (B,T,C) that the head reads.
 
         With a cache, idx continues the tokens that the cache holds. needed (B,T) is true where a
-        state is wanted; the others are without meaning then. It lets what several rows begin with
-        be computed once, see `distinct_prefixes`.
+        state is wanted; the others have no meaning then. What several rows begin with is then
+        computed once, see `distinct_prefixes`.
         """
         past = 0 if cache is None or cache[0] is None else cache[0][0].size(2)
         end = past + idx.size(1)
@@ -247,7 +247,7 @@ def sequence_logps(policy, tokens, response_mask):
     prompt and to padding. So the head runs only where a response token follows: policy.hidden
     gives states (B,T,C), policy.head maps states to logits. The result is float32 at least.
     """
-    # A GPU need not wait where tokens and mask are on the CPU: what is looked up is found there.
+    # If tokens and mask are on the CPU, nothing below has to wait for a GPU.
     mask = response_mask[:, 1:].bool()  # (B, T-1)
     # What several rows begin with, as the responses to one prompt do, is computed once.
     states = policy.hidden(tokens[:, :-1], needed=mask)[mask]  # (N, C)

@@ -207,21 +207,23 @@ def main(argv=None):
             return evaluate.measure(evaluate.exact_logps(policy, held_out), ref_exact, args.beta)
 
     def train_policy(run, stage, settings):
+        file = args.out_dir / f"{stage}.pt"
+        if file.exists():  # it was made before an interruption
+            return
         # the policy's own copy of the weights: the reference must not move with it
         policy = copy.deepcopy(reference).requires_grad_(True)
         recompute(policy, args.recompute)
         with precision_of(args.dtype, device):
             train_dpo(policy, examples, ref_logps, run, stage=stage, ceiling=ceiling,
                       measure=measure, **settings)
-        checkpoints.save_model(policy, args.out_dir / f"{stage}.pt", flags=run.flags,
+        checkpoints.save_model(policy, file, flags=run.flags,
                                reference=checkpoints.fingerprint(reference))
 
     side = Run(args.out_dir / "plain", run.flags)
     stages = [(run, "dpo", settings)]
     if toy and (args.norm_weight or args.nll_weight):
         stages.append((side, "plain", settings | {"norm_weight": 0.0, "nll_weight": 0.0}))
-    processes.side_by_side([partial(train_policy, *stage) for stage in stages
-                            if not (args.out_dir / f"{stage[1]}.pt").exists()], device)
+    processes.side_by_side([partial(train_policy, *stage) for stage in stages], device)
     run.take_over(side)
 
     # 4. How good is the policy?

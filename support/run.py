@@ -79,6 +79,7 @@ class Run:
                 raise SystemExit(self.not_finite(*step))
 
     def not_finite(self, at, lr, parts, losses, _):
+        """What to say of a step whose gradient is infinite or no number."""
         rows, what = [i for _, part in parts for i in part], "the gradient is not finite"
         for loss, (_, part) in zip(losses, parts):
             if not torch.isfinite(loss):

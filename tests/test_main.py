@@ -18,6 +18,7 @@ from support.files import read_json
 from tools import assert_same
 
 MOVED = {"plain": 3, "dpo": 4}
+threads = []  # how many each training had
 
 
 @pytest.fixture
@@ -35,6 +36,7 @@ def notes(monkeypatch):
     def move(policy, *args, **kwargs):
         """A training that changes one weight, so that what is saved can be told from the start."""
         found.append(("train_dpo", [copy.deepcopy(policy), *args], kwargs))
+        threads.append(torch.get_num_threads())
         with torch.no_grad():
             policy.ln_f.bias += MOVED[kwargs["stage"]]
 
@@ -141,13 +143,19 @@ def test_plain_dpo_alone_is_one_training(notes, tmp_path):
 
 
 def test_what_is_there_is_not_trained_again(notes, tmp_path):
-    """After an interruption: the reference and plain DPO are read, and only DPO is trained."""
-    out = tmp_path / "run"
+    """After an interruption: the reference and plain DPO are read, and only DPO is trained. It has
+    one thread, as it would have had beside plain DPO. With two it would be rounded otherwise, and
+    the run would not end as if nothing had happened."""
+    out, before = tmp_path / "run", torch.get_num_threads()
     run(out, "--pairs", "20")
     for name in ("dpo.pt", "summary.json"):
         (out / name).unlink()
     notes.clear()
+    threads.clear()
+    torch.set_num_threads(2)
     run(out, "--pairs", "20", "--resume")
+    assert torch.get_num_threads() == 2 and threads == [1]
+    torch.set_num_threads(before)
     assert names(notes) == ["reference_logps", "train_dpo", "report", "draw_run"]
     assert bias(notes[0][1][0]) == 1 and notes[1][2]["stage"] == "dpo"
 
