@@ -678,6 +678,8 @@ def test_the_speeds_are_those_that_were_measured():
                  f"{max(side['loss_difference'] for side in (comes, best)):.0e} "
                  f"({min(side['losses_compared'] for side in (comes, best))})"]
         assert f"| {' | '.join(cells)} |" in SPEED
+        sizes = [f"{size:,}" for size in recorded["sizes"][name].values()]
+        assert f"| {name} | {' | '.join(sizes)} |" in SPEED
 
 
 @pytest.mark.parametrize("name", GPT2)
