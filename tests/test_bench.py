@@ -1,4 +1,5 @@
-"""lab/bench.py: what it counts, how it forms its figures, and a whole run of a tiny shape."""
+"""lab/bench.py and lab/doubling.py: what they count, how they form their figures, and whole runs of
+tiny shapes."""
 import json
 import math
 import subprocess
@@ -10,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lab import bench, sides
+from lab import bench, doubling, sides
 from model import GPT, GPTConfig, sequence_logps
 from support import figures
 
@@ -140,3 +141,50 @@ def test_flags_that_cannot_be_used_are_refused(capsys, words, said):
     with pytest.raises(SystemExit) as refused:
         bench.main(words.split())
     assert refused.value.code == 2 and said in capsys.readouterr().err
+
+
+# ---- lab/doubling.py
+
+def test_costs_by_hand(monkeypatch):
+    """Twice as many pairs are twice the operations. The cost is the median of the ratios within the
+    turns, (3/1, 8/2, 9/3): 3. The ratio of the medians would be 8/2 = 4."""
+    monkeypatch.setattr(doubling, "BASE", TINY)
+    monkeypatch.setattr(doubling, "SIZES", {"pairs": (4, 1)})
+    got = doubling.costs({"base": [1, 2, 3], "pairs 4": [3, 8, 9], "pairs 1": [1, 1, 3]})
+    assert [point["size"] for point in got["pairs"]] == [1, 2, 4]
+    assert [point["operations"] for point in got["pairs"]] == [0.5, 1, 2]
+    assert [point["cost"][1] for point in got["pairs"]] == [1, 1, 3]
+    assert [point["seconds"] for point in got["pairs"]] == [1, 2, 8]
+
+
+def test_the_operations_of_a_longer_response_and_a_wider_model(monkeypatch):
+    """Of the shape "small", counted here once more. A token of the response is read (but the last)
+    and scored. It sees the prompt, and its response up to itself."""
+    def once(p, r, c):
+        read, layers, vocab = p + 2 * (r - 1), 6, 512
+        seen = sum(range(1, p + 1)) + 2 * sum(p + i for i in range(1, r))
+        return read * layers * 12 * c * c + 2 * r * vocab * c + seen * layers * 2 * c
+
+    zero = {name: [1.0] for name in doubling.shapes()}
+    got = {size: {point["size"]: point["operations"] for point in points}
+           for size, points in doubling.costs(zero).items()}
+    base = once(64, 64, 384)
+    assert got["response"][256] == pytest.approx(once(64, 256, 384) / base, rel=1e-12)
+    assert got["n_embd"][96] == pytest.approx(once(64, 64, 96) / base, rel=1e-12)
+
+
+def test_a_run_of_doubling(tmp_path, monkeypatch, capsys):
+    """Two tiny shapes, one turn. The file holds what is printed, and the figure has its curves."""
+    monkeypatch.setattr(doubling, "BASE", TINY)
+    monkeypatch.setattr(doubling, "SIZES", {"pairs": (4,)})
+    monkeypatch.setattr(doubling, "TURN", 0.05)
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda fig, path: drawn.append((fig, path)))
+    doubling.main(["--to", str(tmp_path), "--repeats", "1", "--threads", "1", "--device", "cpu"])
+    written = json.loads((tmp_path / "doubling.json").read_text(encoding="utf-8"))
+    base, double = written["costs"]["pairs"]
+    assert (base["size"], double["size"], double["operations"]) == (2, 4, 2)
+    assert base["cost"] == [1, 1, 1] and 0.2 < double["cost"][1] < 20
+    (fig, path), = drawn
+    assert path == tmp_path / "doubling.png" and fig.axes[0].get_xlabel() == "pairs a step"
+    assert f"{double['cost'][1]:.2f}" in capsys.readouterr().out

@@ -1,6 +1,6 @@
 """README.md and the pages in docs/ are run or compared, so that they stay true.
 
-Every number in them comes from docs/results.json, docs/speed.json or docs/paper/, every command
+Every number in them comes from a .json file of docs/ or from docs/paper/, every command
 parses, every flag, file, link and name exists.
 """
 import ast
@@ -22,7 +22,7 @@ import data
 import evaluate
 import world
 from conftest import ROOT
-from lab import bench
+from lab import bench, doubling
 from lab.compare import TITLES
 from lab.paper import AI_BETA, DETAILS, EXPERIMENTS
 from model import GPT, GPTConfig
@@ -680,6 +680,25 @@ def test_the_speeds_are_those_that_were_measured():
         assert f"| {' | '.join(cells)} |" in SPEED
         sizes = [f"{size:,}" for size in recorded["sizes"][name].values()]
         assert f"| {name} | {' | '.join(sizes)} |" in SPEED
+        if name in ("toy", "small"):
+            here, there = result["generate"].values()
+            cells = [name, *(f"{side['per_second'][1]:.3g}" for side in (here, there)),
+                     f"{there['times_as_fast_here'][1]:.2f}", f"{here['share_of_peak'][1]:.0%}"]
+            assert f"| {' | '.join(cells)} |" in SPEED
+
+
+def test_the_costs_of_larger_sizes_are_those_that_were_measured():
+    """A row for each point of docs/doubling.json: the median cost, and the operations."""
+    recorded = json.loads((ROOT / "docs" / "doubling.json").read_text(encoding="utf-8"))
+    assert recorded["base"] == doubling.BASE and recorded["threads"] == 2
+    for size, name in (("pairs", "pairs"), ("response", "tokens a response"),
+                       ("n_embd", "channels")):
+        points = recorded["costs"][size]
+        for title, values in (
+                (name, [f"{point['size']}" for point in points]),
+                ("time of a step", [f"{point['cost'][1]:.2f}" for point in points]),
+                ("operations", [f"{point['operations']:.2f}" for point in points])):
+            assert f"| {title} | {' | '.join(values)} |" in SPEED
 
 
 @pytest.mark.parametrize("name", GPT2)

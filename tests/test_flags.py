@@ -17,7 +17,7 @@ import rlhf
 import train
 from conftest import ROOT
 from exercises import find_the_bug, grade_class, grading
-from lab import all_text, bench, compare, export, paper, tables
+from lab import all_text, bench, compare, doubling, export, paper, tables
 from model import GPT, GPTConfig, sequence_logps
 from support import checkpoints, flags, machine
 from support.files import write_json
@@ -25,7 +25,7 @@ from support.machine import precision_of
 
 COMMANDS = {"train.py": train.main, "evaluate.py": evaluate.main, "rlhf.py": rlhf.main,
             "lab/all_text.py": all_text.main, "lab/bench.py": bench.main,
-            "lab/compare.py": compare.main,
+            "lab/compare.py": compare.main, "lab/doubling.py": doubling.main,
             "lab/export.py": export.main, "lab/paper.py": paper.main,
             "lab/tables.py": tables.main, "exercises/find_the_bug.py": find_the_bug.main,
             "exercises/grade_class.py": grade_class.main, "exercises/grading.py": grading.main}
@@ -49,6 +49,7 @@ NUMBERS = {
         "--pairs": "0 -5 10000001 1e6", "--repeats": "0 -1 101 1.5", "--seconds": "0 -1 86401 1.5",
         "--threads": "0 -1 1025 1.5"},
     "lab/compare.py": {"--samples": "0 -1 511 10000001 1e4"},
+    "lab/doubling.py": {"--repeats": "0 -1 101 1.5", "--threads": "0 -1 1025 1.5"},
     "exercises/grade_class.py": {
         "--jobs": "0 -1 1001 1.5", "--seconds": "0 -1 86401", "--longest": "0 -1 86401",
         "--gigabytes": "0 -1 0.4 1e7", "--seed": "-1 4294967296 1180591620717411303424"},
@@ -149,6 +150,13 @@ OTHERS = {
         ("own", "own was trained with --data; this needs the toy world"),
         ("own --device cuda", "--device: cuda is not on this machine, which has cpu"),
         ("own --device tpu", "--device: tpu is not on this machine, which has cpu"),
+    ],
+    "lab/doubling.py": [
+        ("--to file.txt", "--to: file.txt cannot be written to"),
+        ("--to ''", "--to: '' is no name for a folder"),
+        ("--device cuda", "--device: cuda is not on this machine, which has cpu"),
+        ("--device tpu", "--device: tpu is not on this machine, which has cpu"),
+        ("out/doubling", "unrecognized arguments: out/doubling"),
     ],
     "lab/all_text.py": [
         ("", "the following arguments are required: dir"),
