@@ -505,12 +505,12 @@ def test_plackett_luce_over_all_rankings():
 
 @grades("dpo_loss")
 @pytest.mark.parametrize("beta", [0.5, 2.0])
-@pytest.mark.parametrize("time", [0.3, 5.0])
-def test_one_deterministic_pair_grows_without_bound(beta, time):
+@pytest.mark.parametrize("time, steps", [(0.3, 40), (5.0, 200)])
+def test_one_deterministic_pair_grows_without_bound(beta, time, steps):
     """Claim 14. Gradient flow on the logits of one pair whose label is always the same.
 
     e^(beta h) + beta h = 1 + 2 beta^2 t, so h grows without bound, as a logarithm. The flow of the
-    code's loss, by Runge-Kutta, is compared with this solution by hand, to 1e-8.
+    code's loss, by Runge-Kutta, is compared with this solution by hand, to 1e-7.
     """
     ref = torch.log_softmax(torch.randn(4, dtype=torch.float64), -1)
 
@@ -518,9 +518,9 @@ def test_one_deterministic_pair_grows_without_bound(beta, time):
         logps = torch.log_softmax(theta, -1)
         return dpo.dpo_loss(logps[:1], logps[1:2], ref[:1], ref[1:2], beta=beta)[0].sum()
 
-    theta = tabular.gradient_flow(loss, ref, time)
+    theta = tabular.gradient_flow(loss, ref, time, steps)
     h = (theta[0] - theta[1]) - (ref[0] - ref[1])
-    assert_same(torch.exp(beta * h) + beta * h, vector(1 + 2 * beta ** 2 * time)[0], 1e-8,
+    assert_same(torch.exp(beta * h) + beta * h, vector(1 + 2 * beta ** 2 * time)[0], 1e-7,
                 what="e^(beta h) + beta h")
     assert h > 0, f"h = {h:g}, but the chosen response must gain on the rejected one"
 
