@@ -29,9 +29,8 @@ from dpo import implicit_rewards, preference_logits
 
 def log_ratios(chosen, rejected, ref_chosen, ref_rejected, beta):
     """w and l, (B,) each. Raises ValueError unless beta > 0, and for shapes that differ."""
-    logps = chosen, rejected, ref_chosen, ref_rejected
-    preference_logits(*logps)  # called only because it refuses shapes that differ
-    implicit_rewards(*logps, beta)  # called only because it refuses such a beta
+    preference_logits(chosen, rejected, ref_chosen, ref_rejected)  # refuses shapes that differ
+    implicit_rewards(chosen, rejected, ref_chosen, ref_rejected, beta)  # refuses such a beta
     return chosen - ref_chosen, rejected - ref_rejected
 
 
