@@ -12,7 +12,7 @@ chosen_lengths, rejected_lengths  (B,)  numbers of response tokens, |y_w| and |y
 Minimiser: where the expected loss over all pairs and labels is least. Both responses come from one
 distribution mu, and the labels are Bradley-Terry's with the true reward r. q is the probability
 that y is preferred to a sample of mu. "Free": the log-ratios need not belong to a policy that sums
-to 1. tests/test_more_losses.py proves it. Where no minimiser is named, no formula is known.
+to 1. tests/test_more_losses.py finds each of them again. Where none is named, no formula is known.
 
 tests/test_more_losses_trl.py executes TRL 1.16.0 beside these functions. The numbers of equations
 are those that TRL's comments name. Where a docstring names no equation, no TRL and no trainer, the
@@ -72,7 +72,7 @@ def rpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, *, chosen_len
 def dpop_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, *, lam=50.0):
     """DPO-Positive: -log sigma(beta (h - lam max(0, -w))). With lam = 0 it is DPO.
     The penalty is there where the chosen response is less likely than under the reference.
-    Elsewhere this is DPO. https://arxiv.org/abs/2402.13228. lam: re-implementations take 50."""
+    Elsewhere this is DPO. https://arxiv.org/abs/2402.13228, as re-implementations have it."""
     w, l = log_ratios(chosen, rejected, ref_chosen, ref_rejected, beta)  # (B,), (B,)
     return -F.logsigmoid(beta * (w - l - lam * torch.relu(-w)))  # (B,)
 
@@ -205,8 +205,8 @@ def apo_zero_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1):
 
 
 def apo_down_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1):
-    """APO-down: sigma(beta w) + 1 - sigma(beta h). It pushes w down, and l further down.
-    https://arxiv.org/abs/2408.06266, Eq. 8."""
+    """APO-down: sigma(beta w) + 1 - sigma(beta h). https://arxiv.org/abs/2408.06266, Eq. 8.
+    It is meant for chosen responses that are worse than the policy's: w shall fall, and l more."""
     w, l = log_ratios(chosen, rejected, ref_chosen, ref_rejected, beta)  # (B,), (B,)
     return torch.sigmoid(beta * w) + torch.sigmoid(beta * (l - w))  # (B,)
 
@@ -315,9 +315,10 @@ def pra_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, *, preference
 
 def bmc_logps(token_logps, response_mask, changed, delta=2.0):
     """BMC: sum_t v_t log pi(y_t), v_t = 1 + changed_t min(1/pi(y_t), delta), v detached. (B,)
-    token_logps, response_mask, changed (B,T), of either response; changed is true where a token is
-    not in the other response. The sums take the place of dpo.response_logps. The reference has
-    weights of its own, as in the authors' trainer. https://arxiv.org/abs/2408.07471."""
+    token_logps, response_mask, changed (B,T), of either response. changed is true at tokens that an
+    edit of one response into the other touches. The sums take the place of dpo.response_logps. The
+    reference has weights of its own, as in the authors' trainer. https://arxiv.org/abs/2408.07471.
+    """
     check_shapes(token_logps, response_mask=response_mask, changed=changed)
     v = 1 + changed.bool() * (-token_logps.detach()).exp().clamp(max=delta)  # (B, T)
     return torch.where(response_mask.bool(), v * token_logps, 0.0).sum(-1)  # (B,)
