@@ -41,6 +41,7 @@ TESTS = {
     "rlhf.py": ("steps", "rlhf"),
     "lab/tabular.py": ("6_baselines", "1_optimum", "5_reinforcement_learning", "3_token_level",
                        "4_variants", "2_loss_and_gradient"),
+    "lab/more_losses.py": ("more_losses",),
     "support/trie.py": ("trie", "world"),
     "support/run.py": ("run",),
     "support/files.py": ("checkpoints",),
