@@ -335,6 +335,106 @@ def exercise_4_4(baseline):
         assert advantages.abs().max() < 1e-9, "At pi* an advantage is not 0."
 
 
+# ---- 06 The language model as a Q-function
+
+@check
+def exercise_6_1(soft_value):
+    """soft_value(ref_logps, q, beta): V of a state, from the Q of its next tokens. (N,), (N,)"""
+    ref, q = small_world(5)
+    for beta in (0.5, 2.0):
+        want = beta * torch.logsumexp(ref + q / beta, -1)
+        assert_same(ask_number(soft_value, ref, q, beta), want, 1e-9, {
+            "That is the mean of Q. It is the value for a policy that stays the reference. Take "
+            "the mean of exp(Q/beta), then beta times its logarithm.": (ref.exp() * q).sum(),
+            "That is the largest Q. It is the value without a leash, at beta = 0.": q.max(),
+            "The reference is missing: weigh each token with its probability.":
+                beta * torch.logsumexp(q / beta, -1),
+            "beta is missing in front of the logarithm. Without it V has no unit of reward.":
+                want / beta,
+            "beta is missing. Q is divided by it, and the logarithm is multiplied by it.":
+                torch.logsumexp(ref + q, -1),
+            "beta stands the wrong way round: Q is divided by it.":
+                torch.logsumexp(ref + q * beta, -1) / beta,
+            "That is the policy of the state. Return its value, one number.":
+                ref + (q - want) / beta,
+        }, what=f"V at beta = {beta:g}")
+
+
+@check
+def exercise_6_2(rewards_from_tokens):
+    """rewards_from_tokens(token_logps, ref_token_logps, mask, beta) -> r - V(s_0) of N responses.
+
+    All three are (N, T). mask is true where a response has a token.
+    """
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]]).bool()  # (3, 3)
+    logps = -vector(1.0, 0.5, 2.0, 0.25, 1.5, 9.0, 3.0, 8.0, 7.0).view(3, 3)
+    ref = -vector(2.0, 0.25, 1.0, 1.0, 1.0, 4.0, 2.5, 6.0, 7.5).view(3, 3)
+    for beta in (0.5, 2.0):
+        ratio = beta * (logps - ref)  # (3, 3)
+        inside = ratio * mask  # (3, 3)
+        want = inside.sum(-1)  # (3,)
+        assert_same(ask(rewards_from_tokens, logps, ref, mask, beta), want, 1e-9, {
+            "The padding counts too. Leave out what is behind the end of a response.":
+                ratio.sum(-1),
+            "It is a mean. The rewards of the tokens add up: take the sum.":
+                want / mask.sum(-1),
+            "It is a mean over the padded length. Take the sum.": inside.mean(-1),
+            "beta is missing.": want / beta,
+            "The sign is flipped: the policy is above, the reference is below.": -want,
+            "The reference is missing. log pi alone says how likely, not how good.":
+                (beta * logps * mask).sum(-1),
+            "Return one number for each response: add up over its tokens.": [inside, ratio],
+            "That is the sum over all responses. Return one number for each.": want.sum(),
+        }, what=f"The rewards at beta = {beta:g}")
+
+
+@check
+def exercise_6_3(values_from_tokens):
+    """values_from_tokens(token_logps, ref_token_logps, beta, v0): V after each token of a response.
+
+    token_logps, ref_token_logps (T,). v0 is V(s_0).
+    """
+    logps, ref, v0 = -vector(1.0, 0.5, 2.0, 0.25), -vector(2.0, 0.25, 1.0, 1.0), 0.75
+    for beta in (0.5, 2.0):
+        ratio = beta * (logps - ref)  # (T,)
+        want = v0 + ratio.cumsum(0)  # (T,)
+        assert_same(ask(values_from_tokens, logps, ref, beta, v0), want, 1e-9, {
+            "V(s_0) is missing. The sums are the changes of the value since the beginning.":
+                want - v0,
+            "Only the last token is added. The value has changed at every token before it, too.":
+                v0 + ratio,
+            "It runs backwards. A prefix has the tokens up to here, not those that come later.":
+                [v0 + ratio.flip(0).cumsum(0).flip(0), v0 + ratio.flip(0).cumsum(0)],
+            "beta is missing.": v0 + ratio.cumsum(0) / beta,
+            "The sign is flipped: the policy is above, the reference is below.":
+                v0 - ratio.cumsum(0),
+            "That is V of the whole response alone. Return a value after every token.":
+                want[-1],
+            "It begins before the first token. Return the value after each token.":
+                [torch.cat([vector(v0), want]), torch.cat([vector(v0), want[:-1]])],
+        }, what=f"The values at beta = {beta:g}")
+
+
+@check
+def exercise_6_4(culprit):
+    """culprit(values): the place of the token that loses most value. values (T+1,), V(s_0) first.
+
+    Places count from 0.
+    """
+    first = vector(0.0, -1.2, -0.9, -1.3, -1.8, -1.7, 0.3, -0.6)  # (T+1,)
+    for values in (first, torch.cat([vector(0.1, 0.4), first + 0.9])):
+        change = values.diff()  # (T,)
+        want, lowest = change.argmin(), values.argmin()
+        assert_same(ask_number(culprit, values), want.double(), 1e-9, {
+            "There the value is lowest. Look for the largest step down.": lowest,
+            "After this token the value is lowest. Look for the largest step down.": lowest - 1,
+            "It is off by one: token t leads from values[t] to values[t + 1]. Return t.": want + 1,
+            "There the value rises most. Look for the largest fall.": change.argmax(),
+            "That is how much is lost. Return the place of the token.": [change.min(),
+                                                                         -change.min()],
+        }, what="The place of the token")
+
+
 # ---- 08 Find the bug
 
 def diagnose(number, answer, patient):

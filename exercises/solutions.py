@@ -83,6 +83,25 @@ def baseline(pi_logps, ref_logps, reward, beta):
     return (pi_logps.exp() * (reward - beta * (pi_logps - ref_logps))).sum()
 
 
+# ---- 06 The language model as a Q-function
+
+def soft_value(ref_logps, q, beta):
+    return beta * torch.logsumexp(ref_logps + q / beta, -1)
+
+
+def rewards_from_tokens(token_logps, ref_token_logps, mask, beta):
+    rewards = beta * (token_logps - ref_token_logps)  # (N, T)
+    return torch.where(mask, rewards, 0.0).sum(-1)  # (N,)
+
+
+def values_from_tokens(token_logps, ref_token_logps, beta, v0):
+    return v0 + (beta * (token_logps - ref_token_logps)).cumsum(-1)  # (T,)
+
+
+def culprit(values):
+    return values.diff().argmin()
+
+
 # ---- 08 Find the bug: the functions that the bugs are in
 
 PATIENTS = {"A": "data.collate", "B": "data.pad", "C": "model.GPT.hidden",

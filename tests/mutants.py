@@ -52,6 +52,7 @@ TESTS = {
     "support/preferences.py": ("data", "hugging_face"),
     "support/own_data.py": ("own_data",),
     "support/gpt2.py": ("gpt2",),
+    "lab/credit.py": ("credit",),
     "lab/export.py": ("export",),
 }
 

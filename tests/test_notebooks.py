@@ -174,6 +174,46 @@ EXERCISES = {
         "beta is missing": lambda p, q, r, beta: solutions.baseline(p, q, r, 1.0),
         "come from the policy": lambda p, q, r, beta: (q.exp() * (r - beta * (p - q))).sum(),
         "beta log Z": lambda p, q, r, beta: beta * torch.logsumexp(q + r / beta, -1)}),
+    "6_1": (solutions.soft_value, {
+        "That is the mean of Q": lambda q, x, beta: (q.exp() * x).sum(),
+        "the largest Q": lambda q, x, beta: x.max(),
+        "The reference is missing": lambda q, x, beta: beta * torch.logsumexp(x / beta, -1),
+        "in front of the logarithm": lambda q, x, beta: torch.logsumexp(q + x / beta, -1),
+        "Q is divided by it, and": lambda q, x, beta: solutions.soft_value(q, x, 1.0),
+        "the wrong way round": lambda q, x, beta: solutions.soft_value(q, x, 1 / beta),
+        "the policy of the state":
+            lambda q, x, beta: torch.log_softmax(q + x / beta, -1)}),
+    "6_2": (solutions.rewards_from_tokens, {
+        "The padding counts": lambda p, q, mask, beta: beta * (p - q).sum(-1),
+        "It is a mean. The rewards": lambda p, q, mask, beta:
+            solutions.rewards_from_tokens(p, q, mask, beta) / mask.sum(-1),
+        "over the padded length": lambda p, q, mask, beta: (beta * (p - q) * mask).mean(-1),
+        "beta is missing":
+            lambda p, q, mask, beta: solutions.rewards_from_tokens(p, q, mask, 1.0),
+        "The sign is flipped":
+            lambda p, q, mask, beta: solutions.rewards_from_tokens(q, p, mask, beta),
+        "how likely, not how good":
+            lambda p, q, mask, beta: solutions.rewards_from_tokens(p, 0 * q, mask, beta),
+        "add up over its tokens": lambda p, q, mask, beta: beta * (p - q) * mask,
+        "the sum over all responses": lambda p, q, mask, beta: (beta * (p - q) * mask).sum()}),
+    "6_3": (solutions.values_from_tokens, {
+        "V(s_0) is missing":
+            lambda p, q, beta, v0: solutions.values_from_tokens(p, q, beta, 0.0),
+        "Only the last token": lambda p, q, beta, v0: v0 + beta * (p - q),
+        "It runs backwards":
+            lambda p, q, beta, v0: v0 + (beta * (p - q)).flip(0).cumsum(0).flip(0),
+        "beta is missing": lambda p, q, beta, v0: solutions.values_from_tokens(p, q, 1.0, v0),
+        "The sign is flipped":
+            lambda p, q, beta, v0: solutions.values_from_tokens(q, p, beta, v0),
+        "of the whole response alone": lambda p, q, beta, v0: v0 + beta * (p - q).sum(),
+        "before the first token": lambda p, q, beta, v0:
+            torch.cat([torch.tensor([v0]).double(), v0 + (beta * (p - q)).cumsum(0)])}),
+    "6_4": (solutions.culprit, {
+        "There the value is lowest": lambda values: values.argmin(),
+        "After this token": lambda values: values.argmin() - 1,
+        "off by one": lambda values: values.diff().argmin() + 1,
+        "the value rises most": lambda values: values.diff().argmax(),
+        "how much is lost": lambda values: values.diff().min()}),
     "8_1": (solutions.PATIENTS["A"], {
         "the right file": "data.pad", "so is all of its file": "train.train_dpo",
         "write the name of a function": "collate"}),
