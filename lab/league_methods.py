@@ -1,0 +1,143 @@
+"""The methods of lab.league, the settings that each is tuned over, and the conditions.
+
+The target is pi* for beta = 1. A setting is good where the minimiser of the loss is near this
+target, so a loss with another minimiser needs another beta. In the comments, r is the true reward,
+and q is the probability that a response is preferred to a random one. Over the pairs, q rises with
+r by about 0.19 for each unit of reward in the middle, where q = 1/2. w is log(pi/ref), and h is the
+w of the chosen response minus that of the rejected one. For pi*, w = r + const.
+"""
+from typing import Callable, NamedTuple
+
+from dpo import dpo_loss
+from lab import more_losses as more
+from losses import cdpo_loss, hinge_loss, ipo_loss, robust_loss
+from rlhf import Settings
+
+
+class Method(NamedTuple):
+    title: str
+    kind: str  # a key of KINDS
+    loss: Callable | None  # None: a reward model and policy learning
+    grid: list  # three settings, dicts; the learning rate is LR where they name none
+
+
+KINDS = {"difference": "looks at h alone", "added": "h, and a term for the chosen text or the mass",
+         "levels": "fits each log-ratio by itself", "alone": "has no reference",
+         "samples": "new samples, or a reference that moves"}
+LR = 1.5e-3  # that of train.py
+SAMPLES = Settings.samples  # responses that PPO and REINFORCE++ generate
+
+
+def grid(*settings):
+    return [{"lr": LR} | setting for setting in settings]
+
+
+def betas(*values, **other):
+    return grid(*({"beta": value} | other for value in values))
+
+
+METHODS = {
+    # Its minimiser is pi* at beta = 1. What is left to choose is the learning rate.
+    "dpo": Method("DPO", "difference", dpo_loss,
+                  grid(*({"beta": 1.0, "lr": lr} for lr in (7.5e-4, 1.5e-3, 3e-3)))),
+    # In the middle its log-odds are 1 - 2 eps times the true ones. A beta that is smaller by this
+    # factor makes up for it.
+    "cdpo": Method("cDPO", "difference", cdpo_loss, grid(
+        {"beta": 1.0, "label_smoothing": 0.05}, {"beta": 0.9, "label_smoothing": 0.05},
+        {"beta": 0.8, "label_smoothing": 0.1})),
+    # Labels of the plain condition are not flipped. So a smaller eps should be the better one.
+    "robust": Method("robust DPO", "difference", robust_loss, grid(
+        {"beta": 1.0, "label_smoothing": 0.01}, {"beta": 1.0, "label_smoothing": 0.05},
+        {"beta": 1.2, "label_smoothing": 0.05})),
+    # Minimiser: w = q/beta + const. This is r in the middle for beta = 0.19. Far from the middle q
+    # rises more slowly than r, so a smaller beta may be better.
+    "ipo": Method("IPO", "difference", ipo_loss, betas(0.1, 0.15, 0.2)),
+    # It stops at the margin 1/beta. For pi* a margin is a difference of rewards, 2 for many pairs.
+    "hinge": Method("hinge (RSO)", "difference", hinge_loss, betas(0.25, 0.5, 1.0)),
+    # The margin of log-probabilities is `delta`. The likelihood, times lam, is all that ties it.
+    "slic_hf": Method("SLiC-HF", "alone", more.slic_hf_loss,
+                      betas(1.0, lam=0.1) + betas(1.0, lam=0.3) + betas(1.0, lam=1.0)),
+    # The likelihood of a token draws to the chosen responses, which are worse than those of pi*.
+    "rpo": Method("RPO", "added", more.rpo_loss,
+                  betas(1.0, alpha=0.1) + betas(1.0, alpha=0.3) + betas(1.0, alpha=1.0)),
+    # lam times beta is the slope of the penalty. The paper's 50 belongs to a beta of 0.3 or less.
+    "dpop": Method("DPOP", "added", more.dpop_loss,
+                   betas(1.0, lam=0.5) + betas(1.0, lam=5.0) + betas(1.0, lam=50.0)),
+    # Minimiser: |y| (r - z)/beta is the log-probability, without a reference. A text has about ten
+    # tokens, so 10 is the beta that does not exaggerate the rewards. gamma asks for a margin.
+    "simpo": Method("SimPO", "alone", more.simpo_loss, grid(
+        {"beta": 5.0, "gamma": 0.0}, {"beta": 10.0, "gamma": 0.0}, {"beta": 10.0, "gamma": 1.0})),
+    # beta is the weight of the odds beside the likelihood. Both are means over tokens.
+    "orpo": Method("ORPO", "alone", more.orpo_loss, betas(0.3, 1.0, 3.0)),
+    # Minimiser without the likelihood: exp(r/beta), whatever the reference writes.
+    "cpo": Method("CPO", "alone", more.cpo_loss,
+                  betas(0.3, alpha=1.0) + betas(1.0, alpha=1.0) + betas(1.0, alpha=5.0)),
+    # Without a minimiser: only the number of steps and the rate say how far it goes. A larger beta
+    # stops earlier, since the gradient falls as beta w grows.
+    "kto": Method("KTO", "levels", more.kto_loss, betas(0.5, 1.0, 2.0)),
+    # Minimiser: a token costs alpha. Nothing favours long text in the plain condition, so that a
+    # small alpha should be the best.
+    "r_dpo": Method("R-DPO", "difference", more.r_dpo_loss,
+                    betas(1.0, alpha=0.01) + betas(1.0, alpha=0.03) + betas(1.0, alpha=0.1)),
+    # alpha is the weight of the difference of two divergences, that of the rejected text first.
+    "tdpo2": Method("TDPO2", "added", more.tdpo2_loss,
+                    betas(1.0, alpha=0.1) + betas(1.0, alpha=0.5) + betas(1.0, alpha=1.0)),
+    # e^w + w = r/beta + const. The chi-squared term holds w back where r is large. So the same KL
+    # needs a smaller beta.
+    "chi_po": Method("chi-PO", "difference", more.chi_po_loss, betas(0.1, 0.25, 0.5)),
+    # For two responses beta h = tanh((difference of r)/2) log((1-eps)/eps). With eps = 0.001 this
+    # is the difference of r for beta = 3.5, and for a smaller beta where the differences are large.
+    "exo_pair": Method("EXO", "difference", more.exo_pair_loss, betas(1.5, 2.5, 3.5)),
+    # beta w = log(2q): in the middle 0.38 r, for q = 1 at most 0.69.
+    "nca_pair": Method("NCA", "levels", more.nca_pair_loss, betas(0.2, 0.3, 0.45)),
+    # w = (q - 1/2)/beta, so its beta is that of IPO.
+    "sppo_hard": Method("SPPO", "levels", more.sppo_hard_loss, betas(0.1, 0.15, 0.2)),
+    # It stands between DPO with beta = 1 and SPPO with this beta.
+    "cal_dpo": Method("Cal-DPO", "levels", more.cal_dpo_loss, betas(0.1, 0.2, 0.4)),
+    # beta w = logit q + const, and in the middle logit q = 0.75 r.
+    "bco_pair": Method("BCO", "levels", more.bco_pair_loss, betas(0.5, 0.75, 1.0)),
+    # Without a minimiser, as KTO.
+    "apo_zero": Method("APO-zero", "levels", more.apo_zero_loss, betas(0.5, 1.0, 2.0)),
+    # Near 0 its second term is (w^2 + l^2) beta^2/8, which makes h smaller by about a third.
+    "pro": Method("PRO", "levels", more.pro_loss, betas(0.4, 0.6, 0.8)),
+    # Where beta h is positive, the loss is exp(-beta h), with the minimiser beta h = r/2.
+    "discopop": Method("DiscoPOP", "difference", more.discopop_loss, betas(0.5, 0.75, 1.0)),
+    # The margins of a batch are sorted. So it is about their distribution, and not about each pair.
+    "aot": Method("AOT", "difference", more.aot_loss, betas(0.5, 1.0, 2.0)),
+    # w = |y| (r - z)/beta. A text has about ten tokens.
+    "sigmoid_norm": Method("sigmoid_norm", "difference", more.sigmoid_norm_loss,
+                           betas(7.0, 10.0, 14.0)),
+    # A changed token counts 1 + min(1/pi, 2), and nearly all tokens of a pair are changed. So a
+    # log-ratio counts two or three times.
+    "bmc": Method("BMC, its weights", "difference", dpo_loss,
+                  betas(0.3, bmc=2.0) + betas(0.5, bmc=2.0) + betas(1.0, bmc=2.0)),
+    # The default run of train.py, which has the weight 0.15.
+    "missing": Method("DPO + missing mass", "added", dpo_loss,
+                      betas(1.0, norm_weight=0.05) + betas(1.0, norm_weight=0.15)
+                      + betas(1.0, norm_weight=0.3)),
+    # New pairs from the policy: as many labels in all. The minimiser stays pi* at beta = 1.
+    "online": Method("online DPO", "samples", dpo_loss, grid(
+        {"beta": 1.0, "rounds": 5}, {"beta": 1.0, "rounds": 25},
+        {"beta": 1.0, "rounds": 25, "lr": 7.5e-4})),
+    # If the reference becomes the policy k times, each stretch tilts it by r/beta. The k + 1
+    # stretches together give pi* where beta = k + 1. With mix m this is beta = 1 + k m, about.
+    "tr_dpo": Method("TR-DPO", "samples", dpo_loss, grid(
+        {"beta": 2.0, "moves": 1, "mix": 1.0}, {"beta": 4.0, "moves": 3, "mix": 1.0},
+        {"beta": 2.8, "moves": 3, "mix": 0.6})),
+    # The learning rate decides most, in the trials for rlhf.Settings.
+    "ppo": Method("PPO", "samples", None, [{"lr": 1e-3}, {"lr": 2e-3}, {"lr": 3e-3}]),
+    "reinforce": Method("REINFORCE++", "samples", None,
+                        [{"lr": lr, "critic": False} for lr in (1e-3, 2e-3, 3e-3)]),
+}
+
+CONDITIONS = {"plain": "the run's own labels", "flip-10": "10% of the labels are flipped",
+              "flip-20": "20%% of them", "few": "2,500 pairs, as many steps",
+              "deterministic": "the better response always wins",
+              "length": "an annotator who likes long text; J is by the true reward"}
+FLIPPED = {"flip-10": 0.1, "flip-20": 0.2}
+FEW = 2500
+# Some methods are made for a condition. They are told what they need to know.
+TOLD = {"flip-10": {"robust": {"beta": 1.0, "label_smoothing": 0.1}},
+        "flip-20": {"robust": {"beta": 1.0, "label_smoothing": 0.2}},
+        # the annotator adds 0.5 for a word, and a word more is a token more
+        "length": {"r_dpo": {"alpha": 0.5}}}
