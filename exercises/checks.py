@@ -335,6 +335,148 @@ def exercise_4_4(baseline):
         assert advantages.abs().max() < 1e-9, "At pi* an advantage is not 0."
 
 
+# ---- 05 One view of many losses
+
+@check
+def exercise_5_1(rda_loss):
+    """rda_loss(h, reward_gap, beta): (beta h - (r_i - r_j))^2 / 2 of each pair. (B,), (B,)"""
+    h, gap = vector(0.5, -1.0, 2.0, 0.0), vector(1.0, 0.5, -0.7, 2.0)  # (B,), (B,)
+    for beta in (0.5, 2.0):
+        error = beta * h - gap  # (B,)
+        want = error ** 2 / 2  # (B,)
+        assert_same(ask(rda_loss, h, gap, beta), want, 1e-9, {
+            "The factor 1/2 is missing.": error ** 2,
+            "Nothing is squared: a pair can be made as negative as one likes.":
+                [error, error / 2],
+            "That is half the distance. Square it.": [error.abs(), error.abs() / 2],
+            "beta is missing before h.": (h - gap) ** 2 / 2,
+            "beta stands outside. It belongs to h alone: the reward gap has its unit already.":
+                [beta * (h - gap) ** 2 / 2, (beta * (h - gap)) ** 2 / 2],
+            "The gap is added. Subtract it: the loss must be 0 where beta h is the gap.":
+                (beta * h + gap) ** 2 / 2,
+            "That is one number. Return the loss of each pair.": [want.mean(), want.sum()],
+        }, what=f"The loss at beta = {beta:g}")
+
+
+@check
+def exercise_5_2(pra_loss):
+    """pra_loss(h, p, beta): -p log s(beta h) - (1-p) log s(-beta h) of each pair. (B,), (B,)"""
+    h, p = vector(0.5, -1.0, 2.0, 0.3), vector(0.7, 0.2, 0.55, 0.9)  # (B,), (B,)
+    for beta in (0.5, 2.0):
+        win, lose = torch.sigmoid(beta * h), torch.sigmoid(-beta * h)  # (B,), (B,)
+        want = -p * win.log() - (1 - p) * lose.log()  # (B,)
+        assert_same(ask(pra_loss, h, p, beta), want, 1e-9, {
+            "That is DPO's loss of one label, and p is not in it. The other label comes with "
+            "probability 1 - p.": -win.log(),
+            "The second term is missing: with probability 1 - p the other response is preferred.":
+                -p * win.log(),
+            "The two probabilities are swapped: p belongs to log s(beta h).":
+                -(1 - p) * win.log() - p * lose.log(),
+            "beta is missing.":
+                -p * torch.sigmoid(h).log() - (1 - p) * torch.sigmoid(-h).log(),
+            "That is the log-likelihood. The loss is minus it.": -want,
+            "The second term is added with the wrong sign. Both terms count against the policy.":
+                -p * win.log() + (1 - p) * lose.log(),
+            "The logarithms are missing.": [-p * win - (1 - p) * lose, p * win + (1 - p) * lose],
+            "That is the logarithm of a mean. Take the mean of the logarithms.":
+                -(p * win + (1 - p) * lose).log(),
+            "That is one number. Return the loss of each pair.": [want.mean(), want.sum()],
+        }, what=f"The loss at beta = {beta:g}")
+
+
+@check
+def exercise_5_3(contraction):
+    """contraction(weights, beta, eta): 1 - eta beta^2 lambda_2 of a graph's Laplacian.
+
+    weights (N,N): of the comparison graph, symmetric, 0 on the diagonal.
+    """
+    ref, reward = small_world(5)
+    weights = 2 * ref.exp()[:, None] * ref.exp()[None, :]  # (5, 5)
+    slope = torch.sigmoid(reward[:, None] - reward[None, :])  # (5, 5)
+    weights = (weights * slope * (1 - slope)).fill_diagonal_(0)  # (5, 5)
+    eigenvalues = torch.linalg.eigvalsh(tabular.laplacian(weights))  # (5,), the smallest first
+    second, largest = eigenvalues[1], eigenvalues[-1]
+    for beta, eta in ((0.5, 2.0), (1.5, 0.7)):
+        rate = eta * beta ** 2  # what multiplies an eigenvalue
+        want = 1 - rate * second
+        assert_same(ask_number(contraction, weights, beta, eta), want, 1e-9, {
+            "That is the fastest direction, of the largest eigenvalue. The slowest one decides.":
+                1 - rate * largest,
+            "The smallest eigenvalue is 0: it belongs to a shift of all logits, which changes no "
+            "policy. Take the second smallest.": 1 - rate * eigenvalues[0],
+            "beta is squared in the Hessian.": 1 - eta * beta * second,
+            "beta is missing.": 1 - eta * second,
+            "eta is missing.": 1 - beta ** 2 * second,
+            "That is what a step takes away. Return what it leaves: 1 minus it.": rate * second,
+            "These are eigenvalues of the weights. Take those of the Laplacian.":
+                [1 - rate * e for e in torch.linalg.eigvalsh(weights)],
+        }, what=f"The factor at beta = {beta:g}, eta = {eta:g}")
+
+
+@check
+def exercise_5_4(cdpo_margin):
+    """cdpo_margin(p, eps, beta): the h at which cDPO's expected loss of a pair is smallest.
+
+    p (B,): the share of the labels that prefer the first response. Each is above 0 and below 1.
+    """
+    p = vector(0.2, 0.6, 0.9)  # (B,)
+    for eps, beta in ((0.1, 0.5), (0.3, 2.0)):
+        mixed = (1 - eps) * p + eps * (1 - p)  # (B,)
+        want = torch.logit(mixed) / beta  # (B,)
+        unmixed = torch.logit(((p - eps) / (1 - 2 * eps)).clamp(0.01, 0.99)) / beta  # (B,)
+        assert_same(ask(cdpo_margin, p, eps, beta), want, 1e-9, {
+            "That is where DPO stops: eps is missing.": torch.logit(p) / beta,
+            "That is beta h. Divide it by beta.": torch.logit(mixed),
+            "It is multiplied by beta. cDPO fixes beta h, so divide by beta.":
+                beta * torch.logit(mixed),
+            "That is the probability that the policy should believe in. Return the h that gives "
+            "it: its log-odds, divided by beta.": [mixed, mixed / beta],
+            "The sign is flipped.": -want,
+            "That is the largest margin, of a pair with p = 1. Here p is smaller.":
+                math.log((1 - eps) / eps) / beta * torch.ones_like(p),
+            "That takes flips away, as robust DPO does. cDPO adds them to the labels.": unmixed,
+        }, what=f"h at eps = {eps:g}, beta = {beta:g}")
+
+
+@check
+def exercise_5_5(undetermined):
+    """undetermined(drawn): a list of the responses that no chain of comparisons ties to response 0.
+
+    drawn (N,N): how often two responses are compared, symmetric.
+    """
+    graphs = (6, [(0, 1), (1, 2), (3, 4)]), (6, [(0, 4), (4, 5), (5, 2), (1, 3)]), (3, [(0, 2)])
+    for n, edges in graphs:
+        drawn = torch.zeros(n, n, dtype=torch.float64)
+        for i, j in edges:
+            drawn[i, j] = drawn[j, i] = 0.1
+        responses = range(n)
+        tied, one_sweep = {0}, {0}
+        for _ in responses:  # no chain is longer than this
+            tied |= {j for i in tied for j in responses if drawn[i, j] > 0}
+        for j in responses:
+            if any(drawn[i, j] > 0 for i in one_sweep):
+                one_sweep.add(j)
+        want = [y for y in responses if y not in tied]
+        mistakes = {
+            "Response 0 is in the list, but its log-ratio to itself is known: it is 0.": [0, *want],
+            "These are the responses that are determined. The others were asked for.":
+                sorted(tied),
+            "A chain of comparisons ties two responses too. You looked at one comparison only.":
+                [y for y in responses if y > 0 and drawn[0, y] == 0],
+            "A chain can have more links. You went through the responses once.":
+                [y for y in responses if y not in one_sweep],
+            "A response can be compared and still be free: if it is compared only with responses "
+            "that no chain ties to response 0.": [y for y in responses if not drawn[y].any()],
+        }
+        got = sorted(int(y) for y in ask(undetermined, drawn))
+        if got == want:
+            continue
+        for message, value in mistakes.items():
+            assert got != value, f"The comparisons are {edges}. {message}"
+        raise AssertionError(f"The comparisons of {n} responses are {edges}. Wanted is {want}, "
+                             f"you have {got}.")
+
+
 # ---- 06 The language model as a Q-function
 
 @check

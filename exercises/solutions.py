@@ -5,9 +5,11 @@ exercises/checks.py checks these solutions as it checks yours.
 import math
 
 import torch
+import torch.nn.functional as F
 
 import world
 from exercises.checks import small_world
+from lab import tabular
 
 # ---- 01 The RLHF objective and its optimum
 
@@ -81,6 +83,33 @@ def clipped_gain(ratio, advantage, clip):
 
 def baseline(pi_logps, ref_logps, reward, beta):
     return (pi_logps.exp() * (reward - beta * (pi_logps - ref_logps))).sum()
+
+
+# ---- 05 One view of many losses
+
+def rda_loss(h, reward_gap, beta):
+    return (beta * h - reward_gap) ** 2 / 2
+
+
+def pra_loss(h, p, beta):
+    # F.logsigmoid does not overflow, as the logarithm of a sigmoid does
+    return -p * F.logsigmoid(beta * h) - (1 - p) * F.logsigmoid(-beta * h)
+
+
+def contraction(weights, beta, eta):
+    eigenvalues = torch.linalg.eigvalsh(tabular.laplacian(weights))  # (N,), the smallest first
+    return 1 - eta * beta ** 2 * eigenvalues[1]
+
+
+def cdpo_margin(p, eps, beta):
+    return torch.logit((1 - eps) * p + eps * (1 - p)) / beta
+
+
+def undetermined(drawn):
+    tied, responses = {0}, range(len(drawn))
+    for _ in responses:  # no chain is longer than this
+        tied |= {j for i in tied for j in responses if drawn[i, j] > 0}
+    return [y for y in responses if y not in tied]
 
 
 # ---- 06 The language model as a Q-function

@@ -145,7 +145,7 @@ def gradient_flow(loss, theta, time, steps=400):
 def laplacian(weights):
     """The Laplacian of a graph: the degrees on the diagonal, minus the weights. (N, N) -> (N, N)
 
-    weights: symmetric, with 0 on the diagonal.
+    weights: symmetric. What stands on their diagonal cancels.
     """
     return torch.diag(weights.sum(0)) - weights
 

@@ -5,6 +5,7 @@ Nothing of DPO is defined here. The notebooks import that from the project's own
 import copy
 import os
 import tempfile
+import time
 import warnings
 
 import ipywidgets
@@ -82,6 +83,9 @@ def slider(draw, **values):
     widget = ipywidgets.interactive(draw, **sliders)
     bundle = widget._repr_mimebundle_() | {"text/plain": "(a slider, when the notebook is run)"}
     display(bundle, raw=True)
+    # nbclient answers each output of a widget. If the cell ends at that moment, nbclient can miss
+    # the end, and then it waits until its timeout. So the cell ends a little later.
+    time.sleep(0.5)
 
 
 def reference(texts=19_200):

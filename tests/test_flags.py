@@ -17,7 +17,7 @@ import rlhf
 import train
 from conftest import ROOT
 from exercises import find_the_bug, grade_class, grading
-from lab import all_text, bench, compare, doubling, export, paper, tables
+from lab import all_text, bench, compare, doubling, export, leak, paper, tables
 from model import GPT, GPTConfig, sequence_logps
 from support import checkpoints, flags, machine
 from support.files import write_json
@@ -26,7 +26,8 @@ from support.machine import precision_of
 COMMANDS = {"train.py": train.main, "evaluate.py": evaluate.main, "rlhf.py": rlhf.main,
             "lab/all_text.py": all_text.main, "lab/bench.py": bench.main,
             "lab/compare.py": compare.main, "lab/doubling.py": doubling.main,
-            "lab/export.py": export.main, "lab/paper.py": paper.main,
+            "lab/export.py": export.main, "lab/leak.py": leak.main,
+            "lab/paper.py": paper.main,
             "lab/tables.py": tables.main, "exercises/find_the_bug.py": find_the_bug.main,
             "exercises/grade_class.py": grade_class.main, "exercises/grading.py": grading.main}
 
@@ -172,6 +173,12 @@ OTHERS = {
         ("own --to file.txt", "--to: file.txt cannot be written to"),
         ("own --to work", "work is there already and is not overwritten"),
     ],
+    "lab/leak.py": [
+        ("", "the following arguments are required: dirs"),
+        ("absent", "absent holds no finished run (no flags.json)"),
+        ("begun", "begun holds no finished run (no dpo.pt)"),
+        ("own", "own was trained with --data; this needs the toy world"),
+    ],
     "lab/paper.py": [
         ("", "the following arguments are required: NAME"),
         ("fig5", "NAME: invalid choice: 'fig5'"),
@@ -208,7 +215,7 @@ OTHERS = {
     "exercises/grading.py": [("mine.py", "unrecognized arguments: mine.py")],
 }
 # these take no value, and fit every other flag
-NEVER_WRONG = {"--help", "--resume", "--recompute", "--gradescope"}
+NEVER_WRONG = {"--help", "--resume", "--recompute", "--gradescope", "--record"}
 
 
 @pytest.fixture

@@ -9,10 +9,14 @@ import pytest
 import torch
 from nbclient import NotebookClient
 
+import dpo
+import losses
 import world
 from conftest import ROOT
 from exercises import checks, solutions
+from exercises.compare import assert_same
 from exercises.solutions import kl_from_rewards, objective
+from lab import tabular
 
 pytestmark = pytest.mark.slow
 
@@ -111,6 +115,30 @@ def score_in_place(score, logps, ref_logps, beta):
     return torch.cat([-penalty[:-1], torch.tensor([score]).double()])
 
 
+def log_of_a_mean(h, p, beta):
+    """5.2 with the logarithm outside the mean over the two labels."""
+    return -(p * torch.sigmoid(beta * h) + (1 - p) * torch.sigmoid(-beta * h)).log()
+
+
+def factor(weights, beta, eta, k):
+    """5.3 with the k-th smallest eigenvalue."""
+    return 1 - eta * beta ** 2 * torch.linalg.eigvalsh(tabular.laplacian(weights))[k]
+
+
+def take_flips_away(p, eps, beta):
+    """5.4 with robust DPO's labels, which must stay between 0 and 1."""
+    return torch.logit(((p - eps) / (1 - 2 * eps)).clamp(0.01, 0.99)) / beta
+
+
+def one_sweep(drawn):
+    """5.5 with each response looked at once, in order."""
+    tied = [0]
+    for y in range(1, len(drawn)):
+        if any(drawn[i, y] > 0 for i in tied):
+            tied.append(y)
+    return [y for y in range(len(drawn)) if y not in tied]
+
+
 EXERCISES = {
     "1_1": (objective, {
         "the KL is missing": lambda p, q, r, beta: expected_reward(p, r),
@@ -174,6 +202,53 @@ EXERCISES = {
         "beta is missing": lambda p, q, r, beta: solutions.baseline(p, q, r, 1.0),
         "come from the policy": lambda p, q, r, beta: (q.exp() * (r - beta * (p - q))).sum(),
         "beta log Z": lambda p, q, r, beta: beta * torch.logsumexp(q + r / beta, -1)}),
+    "5_1": (solutions.rda_loss, {
+        "The factor 1/2 is missing": lambda h, gap, beta: (beta * h - gap) ** 2,
+        "Nothing is squared": lambda h, gap, beta: beta * h - gap,
+        "Square it": lambda h, gap, beta: (beta * h - gap).abs(),
+        "beta is missing": lambda h, gap, beta: solutions.rda_loss(h, gap, 1.0),
+        "beta stands outside": lambda h, gap, beta: beta * solutions.rda_loss(h, gap, 1.0),
+        "The gap is added": lambda h, gap, beta: solutions.rda_loss(h, -gap, beta),
+        "the loss of each pair": lambda h, gap, beta: solutions.rda_loss(h, gap, beta).mean()}),
+    "5_2": (solutions.pra_loss, {
+        "p is not in it": lambda h, p, beta: -torch.sigmoid(beta * h).log(),
+        "The second term is missing": lambda h, p, beta: -p * torch.sigmoid(beta * h).log(),
+        "are swapped": lambda h, p, beta: solutions.pra_loss(-h, p, beta),
+        "beta is missing": lambda h, p, beta: solutions.pra_loss(h, p, 1.0),
+        "The loss is minus it": lambda h, p, beta: -solutions.pra_loss(h, p, beta),
+        "the wrong sign": lambda h, p, beta: (-p * torch.sigmoid(beta * h).log()
+                                              + (1 - p) * torch.sigmoid(-beta * h).log()),
+        "The logarithms are missing":
+            lambda h, p, beta: -p * torch.sigmoid(beta * h) - (1 - p) * torch.sigmoid(-beta * h),
+        "the logarithm of a mean": log_of_a_mean}),
+    "5_3": (solutions.contraction, {
+        "the fastest direction": lambda w, beta, eta: factor(w, beta, eta, -1),
+        "Take the second smallest": lambda w, beta, eta: factor(w, beta, eta, 0),
+        "beta is squared": lambda w, beta, eta: solutions.contraction(w, beta ** 0.5, eta),
+        "beta is missing": lambda w, beta, eta: solutions.contraction(w, 1.0, eta),
+        "eta is missing": lambda w, beta, eta: solutions.contraction(w, beta, 1.0),
+        "what it leaves": lambda w, beta, eta: 1 - solutions.contraction(w, beta, eta),
+        "Take those of the Laplacian":
+            lambda w, beta, eta: 1 - eta * beta ** 2 * torch.linalg.eigvalsh(w)[1]}),
+    "5_4": (solutions.cdpo_margin, {
+        "where DPO stops": lambda p, eps, beta: solutions.cdpo_margin(p, 0.0, beta),
+        "Divide it by beta": lambda p, eps, beta: solutions.cdpo_margin(p, eps, 1.0),
+        "multiplied by beta": lambda p, eps, beta: solutions.cdpo_margin(p, eps, 1 / beta),
+        "its log-odds": lambda p, eps, beta: (1 - eps) * p + eps * (1 - p),
+        "The sign is flipped": lambda p, eps, beta: solutions.cdpo_margin(1 - p, eps, beta),
+        "the largest margin":
+            lambda p, eps, beta: solutions.cdpo_margin(torch.ones_like(p), eps, beta),
+        "as robust DPO does": take_flips_away}),
+    "5_5": (solutions.undetermined, {
+        "its log-ratio to itself": lambda drawn: [0, *solutions.undetermined(drawn)],
+        "These are the responses that are determined":
+            lambda drawn: set(range(len(drawn))) - set(solutions.undetermined(drawn)),
+        "one comparison only":
+            lambda drawn: [y for y in range(1, len(drawn)) if drawn[0, y] == 0],
+        "You went through the responses once": one_sweep,
+        "A response can be compared and still be free":
+            lambda drawn: [y for y in range(len(drawn)) if not drawn[y].any()],
+        "Wanted is": lambda drawn: [1]}),
     "6_1": (solutions.soft_value, {
         "That is the mean of Q": lambda q, x, beta: (q.exp() * x).sum(),
         "the largest Q": lambda q, x, beta: x.max(),
@@ -265,3 +340,42 @@ def test_the_solution_of_exercise_4_by_another_way():
     ref, reward = checks.small_world(2)
     want = world.beta_at_kl(ref[None], reward[None], 0.5)
     assert solutions.beta_for_half_a_nat() == pytest.approx(want, rel=1e-6)
+
+
+def test_the_solutions_of_notebook_5_by_another_way():
+    """RDA's slope in h is beta times the error. PRA is the mean of the DPO loss over both labels.
+    At cDPO's margin the slope of cDPO's mean loss is 0. What a step of gradient descent leaves of
+    the slowest direction is the contraction, to 1e-6."""
+    p = torch.tensor([0.1, 0.5, 0.8], dtype=torch.float64)
+    gap, zero, beta = torch.logit(p), torch.zeros(3, dtype=torch.float64), 0.7
+    h = torch.tensor([0.3, -2.0, 1.0], dtype=torch.float64, requires_grad=True)
+    slope = torch.autograd.grad(solutions.rda_loss(h, gap, beta).sum(), h)[0]
+    assert_same(slope, beta * (beta * h - gap), 1e-12, what="RDA's slope")
+
+    def mean_loss(loss, h, **options):
+        first, second = [loss(x, zero, zero, zero, beta=beta, **options)[0] for x in (h, -h)]
+        return p * first + (1 - p) * second
+
+    assert_same(solutions.pra_loss(h, p, beta), mean_loss(dpo.dpo_loss, h), 1e-12, what="PRA")
+    stop = solutions.cdpo_margin(p, 0.2, beta).requires_grad_()
+    cdpo = mean_loss(losses.cdpo_loss, stop, label_smoothing=0.2)
+    assert_same(torch.autograd.grad(cdpo.sum(), stop)[0], zero, 1e-12, what="cDPO's slope")
+
+    ref, reward = checks.small_world(6)
+    star, eta = world.optimal_policy(ref, reward, beta), 0.5
+    weights = torch.rand(5, 5, dtype=torch.float64).triu(1)
+    weights = weights + weights.T
+
+    def loss(theta):
+        logps = torch.log_softmax(theta, -1)
+        preference = tabular.preferences(reward)
+        return tabular.population_loss(logps, ref, preference, beta, weights / 2)
+
+    slope = torch.sigmoid(reward[:, None] - reward[None, :])
+    weights_at_star = weights * slope * (1 - slope)
+    slowest = torch.linalg.eigh(torch.autograd.functional.hessian(loss, star))[1][:, 1]
+    leaf = (star + 1e-7 * slowest).requires_grad_()
+    after = leaf.detach() - eta * torch.autograd.grad(loss(leaf), leaf)[0]
+    left = ((after - star) @ slowest) / 1e-7
+    assert_same(left, solutions.contraction(weights_at_star, beta, eta), 1e-6,
+                what="what a step leaves")
