@@ -4,16 +4,18 @@
 
 A method is tuned on the first run: three settings, and the one with the largest J on the TRAINING
 prompts is taken. With that setting it is trained on every run, and measured exactly on the
-HELD-OUT prompts. The other conditions take the settings that were chosen in the plain one.
+HELD-OUT prompts. The other conditions take the settings that were chosen in the plain one, and only
+about half of the methods.
 
-With three runs and 2 cores, tuning and the plain condition take about 50 minutes. Each other
-condition takes about 25 minutes more. What was trained is kept in DIR/league, and the same command
-goes on with what is missing. The table is printed, and a figure goes to DIR/league of the first
-run. --record writes both into docs/.
+With three runs and 2 cores, tuning and the plain condition take about 45 minutes. Each of the five
+other conditions takes about 15 minutes more. What was trained is kept in DIR/league, and the same
+command goes on with what is missing. The table is printed, and a figure goes to DIR/league of the
+first run. --record writes the results to docs/league.json, and the figure to docs/league.png.
 """
 import argparse
 import math
 import time
+from functools import lru_cache
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -24,7 +26,7 @@ import train
 import world
 from lab import work
 from lab.finished import Finished
-from lab.league_methods import CONDITIONS, KINDS, METHODS, SAMPLES, TOLD
+from lab.league_methods import CONDITIONS, EVERYWHERE, KINDS, METHODS, SAMPLES, TOLD
 from lab.league_training import fit, labelled
 from lab.seeds import ROOT
 from rlhf import RewardModel, Settings, by_model, learn, train_reward_model
@@ -35,26 +37,29 @@ from support.statistics import mean_and_se
 
 # ---- Pieces of work
 
-def objective(run, logps, ref_logps, prompts):
-    """J of a policy, over well-formed text."""
+@lru_cache(maxsize=None)
+def on_train_prompts(reference, beta):
+    """A function of a policy: its J on the training prompts, by which the settings are chosen."""
+    prompts = world.prompts()[0]
     r = world.rewards(prompts, world.responses())  # (P, N)
-    return evaluate.measure(logps, ref_logps, run.beta, r)["objective"]
+    ref_logps = evaluate.exact_logps(reference, prompts)  # (P, N)
+    return lambda policy: evaluate.measure(evaluate.exact_logps(policy, prompts), ref_logps, beta,
+                                           r)["objective"]
 
 
 def measured(run, policy, condition):
-    """The columns of the table, exact, on held-out prompts, and J on the training prompts, by
-    which the settings are chosen."""
+    """The columns of the table, exact, on held-out prompts, and J on the training prompts."""
     r, ref = evaluate.held_out_rewards(), world.normalise(run.ref_logps)  # (P, N), (P, N)
-    star = world.optimal_policy(ref, r, run.beta)  # (P, N)
     logps = evaluate.exact_logps(policy, run.held_out)  # (P, N)
     row = evaluate.measure(logps, run.ref_logps, run.beta)
-    trained = [evaluate.exact_logps(model, run.train_prompts) for model in (policy, run.reference)]
+    best = world.log_partition(ref, r, run.beta).mean().item() * run.beta  # J of pi*, below Eq. 4
+    star = world.optimal_policy(ref, r, run.beta)  # (P, N)
     some = labelled(run, condition)[:1024]
     chosen, ref_chosen = [train.reference_logps(model, some, 512)[0].mean().item()
                           for model in (policy, run.reference)]
-    return {"tuned_by": objective(run, *trained, run.train_prompts),
+    return {"tuned_by": on_train_prompts(run.reference, run.beta)(policy),
             "reward": row["reward"], "kl": row["kl"], "objective": row["objective"],
-            "of_optimum": row["objective"] / objective(run, star, run.ref_logps, run.held_out),
+            "of_optimum": row["objective"] / best,
             "captured": evaluate.captured(row, run.ref_logps)[2],
             "wellformed": row["wellformed"],
             "to_optimum": world.kl(star, world.normalise(logps)).mean().item(),
@@ -127,7 +132,7 @@ def final(chosen, condition):
     """{method: its piece} in a condition. Some methods are told what they are made for."""
     told = TOLD.get(condition, {})
     return {method: piece(method, condition, settings | told.get(method, {}))
-            for method, settings in chosen.items()}
+            for method, settings in chosen.items() if condition == "plain" or method in EVERYWHERE}
 
 
 def frontier(runs):
@@ -193,50 +198,54 @@ LOOK = {"difference": ("o", "#0072B2"), "added": ("^", "#009E73"), "levels": ("s
         "alone": ("v", "#CC79A7"), "samples": ("P", "#000000")}
 
 
-def write_names(ax, points):
+def write_names(ax, points, gap=0.05):
     """Names beside the axes, with a line to each point. points: [(KL, reward, name, colour)].
-    The half with the smaller KL has its names on the left. Both columns go from top to bottom in
-    the order of the rewards, so that lines seldom cross."""
-    points = sorted(points)
-    for side, some in (("left", points[:len(points) // 2]), ("right", points[len(points) // 2:])):
-        for i, (kl, reward, name, colour) in enumerate(sorted(some, key=lambda p: -p[1])):
-            ax.annotate(name, (kl, reward), (-0.14 if side == "left" else 1.03,
-                                             1 - (i + 0.5) / len(some)),
-                        textcoords="axes fraction", va="center", fontsize=8, annotation_clip=False,
-                        ha="right" if side == "left" else "left",
+    The half with the smaller KL has its names on the left. A name is at its point's height where
+    there is room, and the others are at least `gap` of the axes' height apart."""
+    points, (bottom, top) = sorted(points), ax.get_ylim()
+    for x, align, some in ((-0.12, "right", points[:len(points) // 2]),
+                           (1.03, "left", points[len(points) // 2:])):
+        some = sorted(some, key=lambda point: -point[1])  # from top to bottom
+        heights = [(reward - bottom) / (top - bottom) for _, reward, *_ in some]
+        for i in range(1, len(some)):
+            heights[i] = min(heights[i], heights[i - 1] - gap)
+        for i in reversed(range(len(some))):  # up again, what came to stand too low
+            least = heights[i + 1] + gap if i + 1 < len(some) else 0.0
+            heights[i] = max(heights[i], least)
+        for (kl, reward, name, colour), height in zip(some, heights):
+            ax.annotate(name, (kl, reward), (x, height), textcoords="axes fraction", ha=align,
+                        va="center", fontsize=8, annotation_clip=False,
                         arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.5, "alpha": 0.6})
 
 
 def draw(league, condition, path):
     """The methods on the reward-KL plane, under the exact frontier: all, and those near pi*. A
     marker is hollow where less than 90% of the mass is well-formed."""
-    results, line, star = (league["results"][condition], league["frontier"],
-                           league["frontier"]["optimum"])
-    fig, axes = plt.subplots(1, 2, figsize=(15, 6.4), layout="constrained")
-    windows = [None, (0.55 * star["kl"], 1.5 * star["kl"], 0.75 * star["reward"],
-                      1.12 * star["reward"])]
-    points = []
+    results, line = league["results"][condition], league["frontier"]
+    star, green, points = line["optimum"], figures.COLOURS["optimum"], []
     for name in ended(league, condition):
-        (kl, _), (reward, _), (mass, _) = [over_runs(results[name], column)
-                                           for column in ("kl", "reward", "wellformed")]
+        kl, reward, mass = [over_runs(results[name], column)[0]
+                            for column in ("kl", "reward", "wellformed")]
         points.append((kl, reward, METHODS[name].title, *LOOK[METHODS[name].kind], mass))
-    low, high, bottom, top = windows[1]
+    low, high = 0.55 * star["kl"], 1.5 * star["kl"]
+    bottom, top = 0.75 * star["reward"], 1.12 * star["reward"]
     inside = [low < kl < high and bottom < reward < top for kl, reward, *_ in points]
-    for ax, window in zip(axes, windows):
-        ax.plot(line["kl"], line["reward"], color=figures.COLOURS["optimum"], lw=2)
-        ax.plot(star["kl"], star["reward"], "*", ms=15, color=figures.COLOURS["optimum"],
-                mec="white", zorder=2)
+    farthest = max([star["kl"]] + [kl for kl, *_ in points])
+    fig, axes = plt.subplots(1, 2, figsize=(15, 6.4), layout="constrained")
+    for ax in axes:
+        ax.plot(line["kl"], line["reward"], color=green, lw=2)
+        ax.plot(star["kl"], star["reward"], "*", ms=15, color=green, mec="white", zorder=2)
         for kl, reward, _, marker, colour, mass in points:
             ax.plot(kl, reward, marker, ms=6.5, color=colour, zorder=3,
-                    mfc=colour if mass > 0.9 else "white")
+                    mfc=colour if mass >= 0.9 else "white")
         ax.set_xlabel("KL(policy || reference), nats a response")
-        ax.set_ylabel("true reward E[r*]")
+        if ax is axes[0]:
+            ax.set_xlim(-0.03 * farthest, 1.1 * farthest)
+        else:
+            ax.set(xlim=(low, high), ylim=(bottom, top))
         write_names(ax, [(kl, reward, name, colour) for (kl, reward, name, _, colour, _), near
-                         in zip(points, inside) if near == bool(window)])
-    farthest = max([star["kl"]] + [kl for kl, *_ in points])
-    axes[0].set_xlim(-0.03 * farthest, 1.1 * farthest)
-    axes[1].set_xlim(low, high)
-    axes[1].set_ylim(bottom, top)
+                         in zip(points, inside) if near == (ax is axes[1])])
+    axes[0].set_ylabel("true reward E[r*]")
     axes[0].add_patch(plt.Rectangle((low, bottom), high - low, top - bottom, fill=False,
                                     color="#666666", lw=0.8, ls=":"))
     axes[0].set_title(f"{condition}; held-out prompts, well-formed text, exact", fontsize=9)
@@ -245,8 +254,7 @@ def draw(league, condition, path):
                for kind, (marker, colour) in LOOK.items()]
     handles += [plt.Line2D([], [], marker="o", color="#666666", mfc="white", ls="",
                            label="less than 90% well-formed"),
-                plt.Line2D([], [], color=figures.COLOURS["optimum"], marker="*",
-                           label="frontier, and the optimum")]
+                plt.Line2D([], [], color=green, marker="*", label="frontier, and the optimum")]
     fig.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8.5)
     figures.save(fig, path)
 
@@ -263,7 +271,7 @@ def main(argv=None):
                         metavar="CONDITION",
                         help=f"one or several of: {listed.replace('%', '%%')} (default: plain)")
     parser.add_argument("--record", action="store_true",
-                        help="write docs/league.json and docs/league.png too")
+                        help="write docs/league.json, which a page quotes, and docs/league.png")
     args = parser.parse_args(argv)
     runs = [Finished(folder) for folder in args.dirs]
     flags = [run.flags | {"seed": None} for run in runs]

@@ -134,6 +134,11 @@ CONDITIONS = {"plain": "the run's own labels", "flip-10": "10% of the labels are
               "flip-20": "20%% of them", "few": "2,500 pairs, as many steps",
               "deterministic": "the better response always wins",
               "length": "an annotator who likes long text; J is by the true reward"}
+# The other conditions are for these methods, so that all of it takes about two hours. They are
+# those that are said to bear flipped labels, sure labels, few labels, or a taste for long text.
+EVERYWHERE = ("dpo", "cdpo", "robust", "ipo", "hinge", "exo_pair", "chi_po", "r_dpo",
+              "sigmoid_norm", "simpo", "kto", "sppo_hard", "bco_pair", "pro", "missing", "online",
+              "ppo", "reinforce")
 FLIPPED = {"flip-10": 0.1, "flip-20": 0.2}
 FEW = 2500
 # Some methods are made for a condition. They are told what they need to know.

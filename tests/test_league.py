@@ -1,6 +1,8 @@
 """lab/league.py and its two files: what each method trains on, and what the table says of it."""
+import contextlib
 import copy
 import inspect
+import io
 import json
 import math
 import shutil
@@ -451,64 +453,69 @@ def test_the_largest_j_is_chosen_and_never_a_training_that_stopped():
 
 # ---- The command
 
+SMALL = {name: METHODS[name]._replace(grid=METHODS[name].grid[:2])
+         for name in ("dpo", "sppo_hard", "reinforce")}
+SMALL["ipo"] = METHODS["ipo"]._replace(grid=[{"lr": 1e30, "beta": 1.0}])  # it diverges
+
+
+def command(folders, processes=ThreadPoolExecutor):
+    """What the command prints for four methods in two conditions, in this process."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(work, "processes", processes)
+        patch.setattr(work.os, "cpu_count", lambda: 1)  # the seed is one for all threads
+        patch.setattr(torch, "set_num_threads", lambda count: None)  # it would outlast the test
+        patch.setattr(league, "METHODS", SMALL)
+        patch.setattr(league, "SAMPLES", 512)
+        patch.setattr(league, "ROOT", folders[0].parent)
+        league.main([*map(str, folders), "--conditions", "plain", "flip-20", "--record"])
+    return printed.getvalue()
+
+
 @pytest.fixture(scope="module")
 def small_league(small_run, tmp_path_factory):
-    """The league in small: four methods on two runs, in two conditions, and what it has printed.
-    The second run is the first one with another seed. One method diverges."""
+    """The folders of two runs after the command, and what it has printed. The second run is the
+    first one with another seed."""
     root = tmp_path_factory.mktemp("small-league")
     folders = [shutil.copytree(small_run, root / str(seed)) for seed in (0, 1)]
     flags = read_json(folders[1] / "flags.json")
     write_json(flags | {"seed": 1}, folders[1] / "flags.json")
-    few = {name: METHODS[name]._replace(grid=METHODS[name].grid[:2])
-           for name in ("dpo", "sppo_hard", "reinforce")}
-    few["ipo"] = METHODS["ipo"]._replace(grid=[{"lr": 1e30, "beta": 1.0}])
     (root / "docs").mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(work, "processes", ThreadPoolExecutor)
-        patch.setattr(work.os, "cpu_count", lambda: 1)  # the seed is one for all threads
-        patch.setattr(torch, "set_num_threads", lambda count: None)
-        patch.setattr(league, "METHODS", few)
-        patch.setattr(league, "SAMPLES", 512)
-        patch.setattr(league, "ROOT", root)
-        yield folders, few
+    return folders, command(folders)
 
 
-ARGUMENTS = ["--conditions", "plain", "flip-20", "--record"]
-
-
-def test_the_league_in_small(small_league, capsys, monkeypatch):
-    """Everything is trained once. The table, the figure and the record say what was found. A
-    second call trains nothing and says the same."""
-    folders, few = small_league
-    arguments = [*map(str, folders), *ARGUMENTS]
-    league.main(arguments)
-    said = capsys.readouterr().out
+def test_the_league_in_small(small_league):
+    """The table, the figures and the record say what was found."""
+    folders, said = small_league
     found = read_json(folders[0] / "league" / "league.json")
     assert found == read_json(folders[0].parent / "docs" / "league.json")
     assert found["seeds"] == [0, 1]
     assert (folders[0].parent / "docs" / "league.png").stat().st_size > 20_000
     for condition in ("plain", "flip-20"):
         assert (folders[0] / "league" / f"{condition}.png").stat().st_size > 20_000
-        rows = found["results"][condition]
+        lines, rows = said.split(f"{condition}: ")[1].splitlines(), found["results"][condition]
         for name in ("dpo", "sppo_hard", "reinforce"):
-            assert len(rows[name]) == 2
             mean = 50 * sum(row["of_optimum"] for row in rows[name])
-            line = next(line for line in said.split(f"{condition}: ")[1].splitlines()
-                        if line.startswith(METHODS[name].title))
+            line = next(line for line in lines if line.startswith(f"{METHODS[name].title}  "))
             assert f"{mean:.1f} ± " in line
+        line = next(line for line in lines if line.startswith("IPO  "))
+        assert "STOPPED on 2 of 2 runs: step" in line
         assert all("stopped" in row for row in rows["ipo"])
-        assert f"{METHODS['ipo'].title:<19}" in said
-    assert "STOPPED on 2 of 2 runs: step" in said
-    # the settings: those of the larger J on the first run's training prompts
+
+
+def test_the_first_run_alone_is_tuned_on_and_the_larger_j_is_taken(small_league):
+    folders, _ = small_league
+    found = read_json(folders[0] / "league" / "league.json")
     for name in ("dpo", "sppo_hard", "reinforce"):
         (a, j_a), (b, j_b) = found["tuned"][name]
         assert found["settings"][name] == (a if j_a >= j_b else b)
-        tried = [path.name for path in (folders[1] / "league" / "plain" / name).iterdir()]
-        assert len(tried) == 1, "only the first run is tuned on"
+        tried = [len(list((folder / "league" / "plain" / name).iterdir())) for folder in folders]
+        assert tried == [2, 1]
 
-    monkeypatch.setattr(work, "processes", None)  # no process is needed
-    league.main(arguments)
-    assert capsys.readouterr().out == said
+
+def test_a_second_call_trains_nothing_and_says_the_same(small_league):
+    folders, said = small_league
+    assert command(folders, processes=None) == said  # no process is needed
 
 
 def test_no_method_is_above_the_frontier(small_league):
