@@ -21,9 +21,9 @@ class Method(NamedTuple):
     grid: list  # three settings, dicts; the learning rate is LR where they name none
 
 
-KINDS = {"difference": "looks at h alone", "added": "h, and a term for the chosen text or the mass",
-         "levels": "fits each log-ratio by itself", "alone": "has no reference",
-         "samples": "new samples, or a reference that moves"}
+KINDS = {"difference": "only the difference of two log-ratios",
+         "added": "the difference, and one more term", "levels": "each log-ratio by itself",
+         "alone": "without a reference", "samples": "new samples, or a moving reference"}
 LR = 1.5e-3  # that of train.py
 SAMPLES = Settings.samples  # responses that PPO and REINFORCE++ generate
 
@@ -52,8 +52,9 @@ METHODS = {
     # Minimiser: w = q/beta + const. This is r in the middle for beta = 0.19. Far from the middle q
     # rises more slowly than r, so a smaller beta may be better.
     "ipo": Method("IPO", "difference", ipo_loss, betas(0.1, 0.15, 0.2)),
-    # It stops at the margin 1/beta. For pi* a margin is a difference of rewards, 2 for many pairs.
-    "hinge": Method("hinge (RSO)", "difference", hinge_loss, betas(0.25, 0.5, 1.0)),
+    # It stops at the margin 1/beta, for sure pairs and for unsure ones alike. For pi* a margin is a
+    # difference of rewards. beta = 0.5 gave a KL of 1.6 instead of 0.9, in one trial.
+    "hinge": Method("hinge (RSO)", "difference", hinge_loss, betas(0.7, 1.0, 1.4)),
     # The margin of log-probabilities is `delta`. The likelihood, times lam, is all that ties it.
     "slic_hf": Method("SLiC-HF", "alone", more.slic_hf_loss,
                       betas(1.0, lam=0.1) + betas(1.0, lam=0.3) + betas(1.0, lam=1.0)),
@@ -68,7 +69,7 @@ METHODS = {
     "simpo": Method("SimPO", "alone", more.simpo_loss, grid(
         {"beta": 5.0, "gamma": 0.0}, {"beta": 10.0, "gamma": 0.0}, {"beta": 10.0, "gamma": 1.0})),
     # beta is the weight of the odds beside the likelihood. Both are means over tokens.
-    "orpo": Method("ORPO", "alone", more.orpo_loss, betas(0.3, 1.0, 3.0)),
+    "orpo": Method("ORPO", "alone", more.orpo_loss, betas(1.0, 2.0, 4.0)),
     # Minimiser without the likelihood: exp(r/beta), whatever the reference writes.
     "cpo": Method("CPO", "alone", more.cpo_loss,
                   betas(0.3, alpha=1.0) + betas(1.0, alpha=1.0) + betas(1.0, alpha=5.0)),
@@ -79,23 +80,29 @@ METHODS = {
     # small alpha should be the best.
     "r_dpo": Method("R-DPO", "difference", more.r_dpo_loss,
                     betas(1.0, alpha=0.01) + betas(1.0, alpha=0.03) + betas(1.0, alpha=0.1)),
-    # alpha is the weight of the difference of two divergences, that of the rejected text first.
+    # alpha is the weight of the divergence of the rejected text, minus that of the chosen one. It
+    # holds the policy back, so that a larger alpha needs a smaller beta.
     "tdpo2": Method("TDPO2", "added", more.tdpo2_loss,
-                    betas(1.0, alpha=0.1) + betas(1.0, alpha=0.5) + betas(1.0, alpha=1.0)),
-    # e^w + w = r/beta + const. The chi-squared term holds w back where r is large. So the same KL
-    # needs a smaller beta.
-    "chi_po": Method("chi-PO", "difference", more.chi_po_loss, betas(0.1, 0.25, 0.5)),
+                    betas(1.0, alpha=0.1) + betas(0.6, alpha=0.5) + betas(0.4, alpha=0.5)),
+    # e^w + w = r/beta + const. In the middle, where w = 0, a small change of w counts twice, and
+    # beta = 0.5 is right. Where probability leaks out of the text of the pairs, every w falls. Then
+    # e^w vanishes, and what is left is DPO with this beta.
+    "chi_po": Method("chi-PO", "difference", more.chi_po_loss, betas(0.5, 0.75, 1.0)),
     # For two responses beta h = tanh((difference of r)/2) log((1-eps)/eps). With eps = 0.001 this
     # is the difference of r for beta = 3.5, and for a smaller beta where the differences are large.
     "exo_pair": Method("EXO", "difference", more.exo_pair_loss, betas(1.5, 2.5, 3.5)),
-    # beta w = log(2q): in the middle 0.38 r, for q = 1 at most 0.69.
-    "nca_pair": Method("NCA", "levels", more.nca_pair_loss, betas(0.2, 0.3, 0.45)),
-    # w = (q - 1/2)/beta, so its beta is that of IPO.
-    "sppo_hard": Method("SPPO", "levels", more.sppo_hard_loss, betas(0.1, 0.15, 0.2)),
+    # beta w = log(2q): in the middle 0.38 r, for q = 1 at most 0.69. So it is too flat where r is
+    # large, and a beta below 0.38 makes up for some of it.
+    "nca_pair": Method("NCA", "levels", more.nca_pair_loss, betas(0.15, 0.2, 0.3)),
+    # w = (q - 1/2)/beta, the log-ratios of IPO but for a constant. A policy with these levels would
+    # sum to more than 1. So the large ones give way, and beta must be smaller than IPO's: with 0.15
+    # the KL was half of pi*'s, in one trial.
+    "sppo_hard": Method("SPPO", "levels", more.sppo_hard_loss, betas(0.06, 0.09, 0.13)),
     # It stands between DPO with beta = 1 and SPPO with this beta.
-    "cal_dpo": Method("Cal-DPO", "levels", more.cal_dpo_loss, betas(0.1, 0.2, 0.4)),
-    # beta w = logit q + const, and in the middle logit q = 0.75 r.
-    "bco_pair": Method("BCO", "levels", more.bco_pair_loss, betas(0.5, 0.75, 1.0)),
+    "cal_dpo": Method("Cal-DPO", "levels", more.cal_dpo_loss, betas(0.06, 0.1, 0.2)),
+    # beta w = logit q + const, and in the middle logit q = 0.75 r. beta = 0.75 gave a KL of 0.65
+    # instead of 0.9, in one trial.
+    "bco_pair": Method("BCO", "levels", more.bco_pair_loss, betas(0.45, 0.55, 0.75)),
     # Without a minimiser, as KTO.
     "apo_zero": Method("APO-zero", "levels", more.apo_zero_loss, betas(0.5, 1.0, 2.0)),
     # Near 0 its second term is (w^2 + l^2) beta^2/8, which makes h smaller by about a third.
@@ -107,10 +114,10 @@ METHODS = {
     # w = |y| (r - z)/beta. A text has about ten tokens.
     "sigmoid_norm": Method("sigmoid_norm", "difference", more.sigmoid_norm_loss,
                            betas(7.0, 10.0, 14.0)),
-    # A changed token counts 1 + min(1/pi, 2), and nearly all tokens of a pair are changed. So a
-    # log-ratio counts two or three times.
+    # A changed token counts 1 + min(1/pi, 2), and most tokens of a pair are changed. So a log-ratio
+    # counts two or three times.
     "bmc": Method("BMC, its weights", "difference", dpo_loss,
-                  betas(0.3, bmc=2.0) + betas(0.5, bmc=2.0) + betas(1.0, bmc=2.0)),
+                  betas(0.25, bmc=2.0) + betas(0.35, bmc=2.0) + betas(0.5, bmc=2.0)),
     # The default run of train.py, which has the weight 0.15.
     "missing": Method("DPO + missing mass", "added", dpo_loss,
                       betas(1.0, norm_weight=0.05) + betas(1.0, norm_weight=0.15)

@@ -30,14 +30,15 @@ def prefers_first(first, second, condition):
     return (1 - flipped) * p + flipped * (1 - p)  # (B,)
 
 
-@lru_cache(maxsize=2)  # a process does many pieces on the same pairs
+@lru_cache(maxsize=4)  # a process does many pieces on the same pairs, of three runs or so
 def labelled(run, condition):
     """The run's own pairs in tokens, with the labels of a condition."""
     annotator = "length" if condition == "length" else "human"
     pairs = data.make_preferences(run.flags["pairs"], annotator, run.seed)
     if condition == "few":
         pairs = pairs[:FEW]
-    generator = torch.Generator().manual_seed(run.seed)
+    # a seed of its own: with the run's, the flips would depend on the responses that it draws
+    generator = torch.Generator().manual_seed(run.seed + 1_000_000)
     swapped = torch.rand(len(pairs), generator=generator) < FLIPPED.get(condition, 0.0)  # (n,)
     if condition == "deterministic":
         swapped = [world.true_reward(p.prompt, p.rejected) > world.true_reward(p.prompt, p.chosen)
