@@ -84,8 +84,13 @@ def train_one(run, folder, method, condition, **settings):
         model = RewardModel(run.reference)
         model.load_state_dict(checkpoints.load(run.folder / name / "reward.pt"))
         judge = by_model(model.requires_grad_(False).eval())
-        learn(policy, run.reference, judge, run.prompt_ids, Settings(beta=run.beta, **settings),
-              run.seed, name=method)
+        try:
+            learn(policy, run.reference, judge, run.prompt_ids,
+                  Settings(beta=run.beta, **settings), run.seed, name=method)
+        except RuntimeError as error:  # torch draws no token from probabilities that are nan
+            if "probability tensor" not in str(error):
+                raise
+            stopped = f"policy learning: {error}"
         before = work.result(run.folder, name)["seconds"]
     else:
         policy, stopped = fit(run, folder, loss, condition, **settings)
@@ -96,13 +101,13 @@ def train_one(run, folder, method, condition, **settings):
 
 
 def piece(method, condition, settings):
-    name = "_".join(f"{key}-{value:g}" for key, value in settings.items())
+    name = "_".join([method, *(f"{key}-{value:g}" for key, value in settings.items())])
     needs = ()
     if METHODS[method].loss is None:
         settings = {"samples": SAMPLES} | settings
         needs = (f"league/{condition}/reward",)
-    return work.Piece(f"league/{condition}/{method}/{name}", train_one,
-                      {"method": method, "condition": condition} | settings, needs)
+    settings = {"method": method, "condition": condition} | settings
+    return work.Piece(f"league/{condition}/{name}", train_one, settings, needs)
 
 
 def with_rewards(pieces):

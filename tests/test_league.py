@@ -411,6 +411,26 @@ def test_a_training_that_diverges_is_a_result(run, tmp_path):
     assert set(row) == {"stopped", "seconds"}
 
 
+def test_a_policy_learning_that_falls_apart_is_a_result_too(run, tmp_path, monkeypatch):
+    """torch's own error, where a policy's probabilities are nan. Any other error is raised."""
+    name = run.folder / "league" / "plain" / "reward"
+    model = league.RewardModel(run.reference)
+    league.checkpoints.save(model.state_dict(), name / "reward.pt")
+    write_json({"seconds": 5.0}, name / "result.json")
+
+    def draw(*args, **other):
+        torch.multinomial(torch.tensor([math.nan, 1.0]), 1)
+    monkeypatch.setattr(league, "learn", draw)
+    row = league.train_one(run, tmp_path, "ppo", "plain", lr=1.0)
+    assert "probability tensor" in row["stopped"] and row["seconds"] > 5
+
+    def fail(*args, **other):
+        raise RuntimeError("something else")
+    monkeypatch.setattr(league, "learn", fail)
+    with pytest.raises(RuntimeError, match="something else"):
+        league.train_one(run, tmp_path, "ppo", "plain", lr=1.0)
+
+
 def test_the_columns_are_what_they_are_called(run):
     """Each from its definition, for the policy of the run."""
     policy = run.models["plain"]
@@ -454,7 +474,7 @@ def test_the_largest_j_is_chosen_and_never_a_training_that_stopped():
 # ---- The command
 
 SMALL = {name: METHODS[name]._replace(grid=METHODS[name].grid[:count])
-         for name, count in (("dpo", 2), ("reinforce", 1))}
+         for name, count in (("dpo", 2), ("ppo", 1))}
 SMALL["ipo"] = METHODS["ipo"]._replace(grid=[{"lr": 1e30, "beta": 1.0}])  # it diverges
 
 
@@ -494,7 +514,7 @@ def test_the_league_in_small(small_league):
     for condition in ("plain", "flip-20"):
         assert (folders[0] / "league" / f"{condition}.png").stat().st_size > 20_000
         lines, rows = said.split(f"{condition}: ")[1].splitlines(), found["results"][condition]
-        for name in ("dpo", "reinforce"):
+        for name in ("dpo", "ppo"):
             mean = 50 * sum(row["of_optimum"] for row in rows[name])
             line = next(line for line in lines if line.startswith(f"{METHODS[name].title}  "))
             assert f"{mean:.1f} ± " in line
@@ -508,7 +528,7 @@ def test_the_first_run_alone_is_tuned_on_and_the_larger_j_is_taken(small_league)
     found = read_json(folders[0] / "league" / "league.json")
     (a, j_a), (b, j_b) = found["tuned"]["dpo"]
     assert found["settings"]["dpo"] == (a if j_a >= j_b else b)
-    tried = [len(list((folder / "league" / "plain" / "dpo").iterdir())) for folder in folders]
+    tried = [len(list((folder / "league" / "plain").glob("dpo_*"))) for folder in folders]
     assert tried == [2, 1]
 
 
@@ -544,6 +564,27 @@ def test_every_name_is_in_the_figure_once(monkeypatch, tmp_path):
     plt.close(drawn[0])
     titles = [METHODS[name].title for name in METHODS if name != "dpo"]
     assert sorted(texts) == sorted(titles)
+
+
+def test_an_interrupted_training_begins_anew(run, tmp_path):
+    """What it has saved lacks the moved reference. It is not read, and the policy is the same."""
+    loss, settings = some_method("tr_dpo")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "state.pt").write_bytes(b"what an interruption has left")
+    policies = [league_training.fit(run, tmp_path / name, loss, "plain", **settings)[0]
+                for name in "ab"]
+    assert fingerprint(policies[0]) == fingerprint(policies[1])
+
+
+def test_what_was_done_before_an_interruption_is_kept(small_league):
+    """One result is taken away. It is made again, and no other file changes."""
+    folders, _ = small_league
+    done = sorted(folders[0].glob("league/*/dpo_*/result.json"))
+    before = {file: file.read_bytes() for file in done}
+    done[0].unlink()
+    command(folders)
+    after = {file: file.read_bytes() for file in done}
+    assert [file for file in done if after[file] != before[file]] in ([], [done[0]])
 
 
 def test_runs_that_are_no_seeds_of_one_run_are_refused(small_run, tmp_path):
