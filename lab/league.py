@@ -144,10 +144,13 @@ def frontier(runs):
     """The exact frontier and pi*, means over the runs at the same betas, as over prompts."""
     r, betas = evaluate.held_out_rewards(), torch.logspace(2, -1.5, 80).tolist()
     refs = [world.normalise(run.ref_logps) for run in runs]  # (P, N) each
-    both = torch.tensor([world.frontier(ref, r, betas) for ref in refs]).mean(0)  # (2, 80)
-    star = torch.tensor([world.frontier(ref, r, [runs[0].beta]) for ref in refs]).mean(0)  # (2, 1)
-    return {"kl": both[0].tolist(), "reward": both[1].tolist(),
-            "optimum": {"kl": star[0].item(), "reward": star[1].item()}}
+
+    def mean(betas):
+        points = [world.frontier(ref, r, betas) for ref in refs]
+        return torch.tensor(points, dtype=torch.float64).mean(0).tolist()  # KLs, rewards
+    kl, reward = mean(betas)
+    [star_kl], [star_reward] = mean([runs[0].beta])
+    return {"kl": kl, "reward": reward, "optimum": {"kl": star_kl, "reward": star_reward}}
 
 
 def over_runs(rows, column):

@@ -151,15 +151,16 @@ def fit(run, folder, loss, condition, *, lr, norm_weight=0.0, rounds=0, moves=0,
         plan = [batch for k in range(rounds) for batch in plan_of(count, each, size, seed + k)]
     moving = {round(len(plan) * k / (moves + 1)) for k in range(1, moves + 1)}
     needs = {name for name, default in further_arguments(loss).items() if default is None}
-    optimizer, record, looked_up, seen = train.adamw(policy, lr), Run(folder), None, []
+    optimizer, record = train.adamw(policy, lr), Run(folder)
+    looked_up, seen = None, []  # log ref of all pairs; BCO's mean reward of each batch
     # What an interrupted training has saved lacks the moved reference and the new pairs. A training
     # takes half a minute, so it begins anew.
     record.state.unlink(missing_ok=True)
     policy.eval()
     for step, [(_, indices)] in record.steps("league", policy, optimizer, plan):
         if rounds and step % each == 0:
-            examples, looked_up = new_pairs(run, policy, step // each * count, count,
-                                            condition), None
+            examples = new_pairs(run, policy, step // each * count, count, condition)
+            looked_up = None
         if step in moving:
             reference = copy.deepcopy(reference)  # the run's own stays where it is
             move(reference, policy, mix)
