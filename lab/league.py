@@ -37,14 +37,17 @@ from support.statistics import mean_and_se
 
 # ---- Pieces of work
 
-@lru_cache(maxsize=None)
-def on_train_prompts(reference, beta):
-    """A function of a policy: its J on the training prompts, by which the settings are chosen."""
-    prompts = world.prompts()[0]
-    r = world.rewards(prompts, world.responses())  # (P, N)
-    ref_logps = evaluate.exact_logps(reference, prompts)  # (P, N)
-    return lambda policy: evaluate.measure(evaluate.exact_logps(policy, prompts), ref_logps, beta,
-                                           r)["objective"]
+@lru_cache(maxsize=1)
+def train_rewards():
+    """The true reward of every response to every training prompt, (P, N): seconds of work."""
+    return world.rewards(world.prompts()[0], world.responses())
+
+
+def on_train_prompts(run, policy):
+    """J on the training prompts, by which the settings are chosen."""
+    logps, ref_logps = [evaluate.exact_logps(model, run.train_prompts)
+                        for model in (policy, run.reference)]  # (P, N), (P, N)
+    return evaluate.measure(logps, ref_logps, run.beta, train_rewards())["objective"]
 
 
 def measured(run, policy, condition):
@@ -57,7 +60,7 @@ def measured(run, policy, condition):
     some = labelled(run, condition)[:1024]
     chosen, ref_chosen = [train.reference_logps(model, some, 512)[0].mean().item()
                           for model in (policy, run.reference)]
-    return {"tuned_by": on_train_prompts(run.reference, run.beta)(policy),
+    return {"tuned_by": on_train_prompts(run, policy),
             "reward": row["reward"], "kl": row["kl"], "objective": row["objective"],
             "of_optimum": row["objective"] / best,
             "captured": evaluate.captured(row, run.ref_logps)[2],
