@@ -318,8 +318,8 @@ def table_of(found):
         most = sorted(policy, key=lambda place: -policy[place][1])[:3]
         lines.append("    leaves after " + ", ".join(
             f"'{place}' {policy[place][1]:.1%}" for place in most))
-    lines.append("\nA number for each run, on train prompts, exact. The mass that leaves is that of "
-                 "the first\nrun's first prompt. '...' stands for an adjective.")
+    lines.append("\nA number for each run, on train prompts, exact. The mass that leaves is that "
+                 "of the first\nrun's first prompt. '...' stands for an adjective.")
     return "\n".join(lines)
 
 
