@@ -77,9 +77,9 @@ METHODS = {
     # Minimiser without the likelihood: exp(r/beta), whatever the reference writes.
     "cpo": Method("CPO", "alone", more.cpo_loss,
                   betas(0.3, alpha=1.0) + betas(0.5, alpha=1.0) + betas(1.0, alpha=1.0)),
-    # Without a minimiser: only the number of steps and the rate say how far it goes. A larger beta
-    # stops earlier, since the gradient falls as beta w grows.
-    "kto": Method("KTO", "levels", more.kto_loss, betas(1.0, 2.0, 4.0)),
+    # Without a minimiser: only the steps and the rate say how far it goes. With a large beta sigma
+    # is soon flat, and what has gone too far stays there: 2 was worse than 1, in one trial.
+    "kto": Method("KTO", "levels", more.kto_loss, betas(0.25, 0.5, 1.0)),
     # Minimiser: a token costs alpha. Nothing favours long text in the plain condition, so that a
     # small alpha should be the best.
     "r_dpo": Method("R-DPO", "difference", more.r_dpo_loss,
@@ -92,9 +92,14 @@ METHODS = {
     # beta = 0.5 is right. Where probability leaks out of the text of the pairs, every w falls. Then
     # e^w vanishes, and what is left is DPO with this beta: 0.25 gave a KL of 4, in one trial.
     "chi_po": Method("chi-PO", "difference", more.chi_po_loss, betas(0.7, 1.0, 1.4)),
-    # For two responses beta h = tanh((difference of r)/2) log((1-eps)/eps). With eps = 0.001 this
-    # is the difference of r for beta = 3.5. With 2.5 the KL was twice that of pi*, in one trial.
-    "exo_pair": Method("EXO", "difference", more.exo_pair_loss, betas(2.5, 3.5, 5.0)),
+    # For two responses beta h = tanh((difference of r)/2) log((1-eps)/eps), eps = label_smoothing.
+    # In the middle this is the difference of r where beta is half of the logarithm: for eps = 0.001,
+    # 0.05 and 0.1 it is 3.5, 1.5 and 1.1. A smaller beta makes up for the tanh. The published eps,
+    # 0.001, asks for beta h up to 7. There sigma is flat, and a policy that goes too far does not
+    # come back: beta = 2.5 and 3.5 gave twice the KL of pi* and more, in two trials.
+    "exo_pair": Method("EXO", "difference", more.exo_pair_loss, grid(
+        {"beta": 3.5, "label_smoothing": 0.001}, {"beta": 1.2, "label_smoothing": 0.05},
+        {"beta": 0.8, "label_smoothing": 0.1})),
     # beta w = log(2q): in the middle 0.38 r, for q = 1 at most 0.69. So it is too flat where r is
     # large, and a beta below 0.38 makes up for some of it.
     "nca_pair": Method("NCA", "levels", more.nca_pair_loss, betas(0.15, 0.2, 0.3)),
@@ -108,7 +113,7 @@ METHODS = {
     # instead of 0.9, in one trial.
     "bco_pair": Method("BCO", "levels", more.bco_pair_loss, betas(0.45, 0.55, 0.75)),
     # Without a minimiser, as KTO. It is KTO where KTO's kl is 0.
-    "apo_zero": Method("APO-zero", "levels", more.apo_zero_loss, betas(1.0, 2.0, 4.0)),
+    "apo_zero": Method("APO-zero", "levels", more.apo_zero_loss, betas(0.25, 0.5, 1.0)),
     # Near 0 its second term is beta^2 (w^2 + l^2)/8. It draws every log-ratio to 0. beta = 0.6 gave
     # a KL of 0.2 instead of 0.9, in one trial.
     "pro": Method("PRO", "levels", more.pro_loss, betas(0.2, 0.3, 0.4)),
