@@ -93,8 +93,8 @@ METHODS = {
     # e^w vanishes, and what is left is DPO with this beta: 0.25 gave a KL of 4, in one trial.
     "chi_po": Method("chi-PO", "difference", more.chi_po_loss, betas(0.7, 1.0, 1.4)),
     # For two responses beta h = tanh((difference of r)/2) log((1-eps)/eps), eps = label_smoothing.
-    # In the middle this is the difference of r where beta is half of the logarithm: for eps = 0.001,
-    # 0.05 and 0.1 it is 3.5, 1.5 and 1.1. A smaller beta makes up for the tanh. The published eps,
+    # In the middle this is the difference of r where beta is half of the logarithm: 3.5, 1.5 and
+    # 1.1 for eps = 0.001, 0.05 and 0.1. A smaller beta makes up for the tanh. The published eps,
     # 0.001, asks for beta h up to 7. There sigma is flat, and a policy that goes too far does not
     # come back: beta = 2.5 and 3.5 gave twice the KL of pi* and more, in two trials.
     "exo_pair": Method("EXO", "difference", more.exo_pair_loss, grid(
@@ -151,7 +151,7 @@ METHODS = {
 }
 
 CONDITIONS = {"plain": "the run's own labels", "flip-10": "10% of the labels are flipped",
-              "flip-20": "20%% of them", "few": "2,500 pairs, as many steps",
+              "flip-20": "20% of the labels are flipped", "few": "2,500 pairs, as many steps",
               "deterministic": "the better response always wins",
               "length": "an annotator who likes long text; J is by the true reward"}
 # The other conditions are for these methods, so that all of it takes about two hours. They are
