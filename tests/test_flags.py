@@ -17,7 +17,7 @@ import rlhf
 import train
 from conftest import ROOT
 from exercises import find_the_bug, grade_class, grading
-from lab import all_text, bench, compare, doubling, export, leak, paper, tables
+from lab import all_text, bench, compare, doubling, export, league, leak, paper, tables
 from model import GPT, GPTConfig, sequence_logps
 from support import checkpoints, flags, machine
 from support.files import write_json
@@ -27,7 +27,7 @@ COMMANDS = {"train.py": train.main, "evaluate.py": evaluate.main, "rlhf.py": rlh
             "lab/all_text.py": all_text.main, "lab/bench.py": bench.main,
             "lab/compare.py": compare.main, "lab/doubling.py": doubling.main,
             "lab/export.py": export.main, "lab/leak.py": leak.main,
-            "lab/paper.py": paper.main,
+            "lab/league.py": league.main, "lab/paper.py": paper.main,
             "lab/tables.py": tables.main, "exercises/find_the_bug.py": find_the_bug.main,
             "exercises/grade_class.py": grade_class.main, "exercises/grading.py": grading.main}
 
@@ -178,6 +178,14 @@ OTHERS = {
         ("absent", "absent holds no finished run (no flags.json)"),
         ("begun", "begun holds no finished run (no dpo.pt)"),
         ("own", "own was trained with --data; this needs the toy world"),
+    ],
+    "lab/league.py": [
+        ("", "the following arguments are required: DIR"),
+        ("absent", "absent holds no finished run (no flags.json)"),
+        ("begun", "begun holds no finished run (no dpo.pt)"),
+        ("own", "own was trained with --data; this needs the toy world"),
+        ("own --conditions noisy", "--conditions: invalid choice: 'noisy'"),
+        ("own --conditions", "--conditions: expected at least one argument"),
     ],
     "lab/paper.py": [
         ("", "the following arguments are required: NAME"),
