@@ -297,27 +297,30 @@ def pieces():
 
 
 def gather(folders):
-    """{what is trained: {"wellformed", "share_of_j": a number for each run; "exits": the masses
-    that leave, for the first prompt of each run, of the reference and of the policy}}"""
+    """{what is trained: {"wellformed", "share_of_j": a number for each run; "exits": for the first
+    prompt of the first run, the three places where most mass leaves: {place: [the reference comes
+    there, the policy comes there, mass that leaves]}}}"""
     out = {}
     for piece in pieces():
         rows = [work.result(folder, piece.name) for folder in folders]
+        ref, policy = rows[0]["exits"]
+        most = sorted(policy, key=lambda place: -policy[place][1])[:3]
         out[piece.name.removeprefix("leak/")] = {
-            key: [row[key] for row in rows] for key in ("wellformed", "share_of_j", "exits")}
+            "wellformed": [row["wellformed"] for row in rows],
+            "share_of_j": [row["share_of_j"] for row in rows],
+            "exits": {place: [ref[place][0], *policy[place]] for place in most}}
     return out
 
 
 def table_of(found):
     """What was found, text: a line for each policy, with the places where most mass leaves."""
-    lines = [f"{'what is trained':<40}{'well-formed, %':>20}{'J, % of the best':>20}"]
+    lines = [f"{'what is trained':<42}{'well-formed, %':>20}{'J, % of the best':>20}"]
     for name, row in found.items():
         cells = [" ".join(f"{100 * value:5.1f}" for value in row[key])
                  for key in ("wellformed", "share_of_j")]
-        lines.append(f"{name:<40}{cells[0]:>20}{cells[1]:>20}")
-        _, policy = row["exits"][0]
-        most = sorted(policy, key=lambda place: -policy[place][1])[:3]
+        lines.append(f"{name:<42}{cells[0]:>20}{cells[1]:>20}")
         lines.append("    leaves after " + ", ".join(
-            f"'{place}' {policy[place][1]:.1%}" for place in most))
+            f"'{place}' {leaves:.1%}" for place, (_, _, leaves) in row["exits"].items()))
     lines.append("\nA number for each run, on train prompts, exact. The mass that leaves is that "
                  "of the first\nrun's first prompt. '...' stands for an adjective.")
     return "\n".join(lines)

@@ -185,6 +185,20 @@ def test_the_table_of_remedies_is_that_of_the_recorded_runs():
     assert f"with a weight of {TOY['norm_weight']:g}" in flowing(REMEDIES)
 
 
+def test_the_table_of_what_leaks_is_that_of_the_recorded_runs():
+    """Every row of docs/leak.json, a number for each of three runs; the rows of the page in its
+    order are looked up by their numbers."""
+    recorded = json.loads((ROOT / "docs" / "leak.json").read_text(encoding="utf-8"))
+    rows = set()
+    for found in recorded.values():
+        cells = [", ".join(f"{100 * value:.1f}" for value in found[key])
+                 for key in ("wellformed", "share_of_j")]
+        assert len(found["wellformed"]) == 3, "three seeds"
+        rows.add(" | ".join(cells))
+    shown = re.findall(r"^\| [^|]* \| (-?\d+\.\d, .* \| -?\d+\.\d, .*) \|$", REMEDIES, re.MULTILINE)
+    assert len(shown) == len(set(shown)) >= 17 and set(shown) <= rows
+
+
 def comparison_rows():
     """The table of RLHF against DPO, from docs/paper/who-labels.csv, with the seconds alone."""
     seconds = alone()["rows"]

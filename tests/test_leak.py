@@ -9,6 +9,7 @@ import evaluate
 import world
 from lab import leak
 from model import GPT, GPTConfig
+from support.files import write_json
 from tools import assert_same
 
 TOKENIZER = data.get_tokenizer("toy")
@@ -128,3 +129,19 @@ def test_pairs_and_their_exact_labels():
         margin = (world.true_reward(names[x], texts[a]) - world.true_reward(names[x], texts[b]))
         assert got == pytest.approx(1 / (1 + math.exp(-margin)), abs=1e-6)
     assert 0.2 < p.mean() < 0.8
+
+
+def test_what_is_gathered_and_printed(tmp_path, monkeypatch):
+    """Two runs, one piece. The three places where most mass leaves are those of the first run."""
+    monkeypatch.setattr(leak, "pieces", lambda: [leak.work.Piece("leak/plain", None)])
+    ref = {place: [0.1, 0.0] for place in "abcd"}
+    policy = {"a": [0.2, 0.01], "b": [0.3, 0.2], "c": [0.4, 0.0], "d": [0.5, 0.1]}
+    for name, wellformed in (("one", 0.5), ("two", 0.75)):
+        write_json({"wellformed": wellformed, "share_of_j": 0.9, "exits": [ref, policy]},
+                   tmp_path / name / "leak" / "plain" / "result.json")
+    found = leak.gather([tmp_path / "one", tmp_path / "two"])
+    assert found == {"plain": {
+        "wellformed": [0.5, 0.75], "share_of_j": [0.9, 0.9],
+        "exits": {"b": [0.1, 0.3, 0.2], "d": [0.1, 0.5, 0.1], "a": [0.1, 0.2, 0.01]}}}
+    printed = leak.table_of(found)
+    assert " 50.0  75.0" in printed and "after 'b' 20.0%, 'd' 10.0%, 'a' 1.0%" in printed
