@@ -19,7 +19,6 @@ import argparse
 import copy
 import time
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -158,22 +157,6 @@ class Settings:
     scale_rewards: bool = False  # divide rewards by the running deviation of the returns
     anneal_lr: bool = True  # linearly to 0
     max_grad_norm: float | None = 1.0  # of each network's gradient; None is no clip
-
-
-def by_text(score):
-    """A scoring function for `learn`, from a function of texts such as
-    world.true_reward."""
-    tokenizer = data.get_tokenizer("toy")
-    score = lru_cache(maxsize=None)(score)
-
-    def scores(prompts, responses):
-        values = []
-        for x, y in zip(prompts, responses):
-            ended = y[-1] == tokenizer.eot_token
-            text = tokenizer.decode(y[:-1])
-            values.append(score(tokenizer.decode(x), text) if ended else UNFINISHED)
-        return torch.tensor(values)  # (B,)
-    return scores
 
 
 def by_model(reward_model):

@@ -25,7 +25,6 @@ from support.files import write_json
 
 BASE = dict(zip(bench.SIZES, bench.SHAPES["small"]))
 SIZES = {"pairs": (2, 4, 16, 32), "response": (16, 32, 128, 256), "n_embd": (96, 192, 768)}
-WARM, TURN = 2, 1.0  # turns that are not counted; the seconds that any other takes at least
 
 
 def shapes():
@@ -54,12 +53,13 @@ def measure(args, folder):
     try:
         for name, shape in shapes().items():
             processes[name] = begin(shape, args, folder / name)
-        for turn in tqdm(range(WARM + args.repeats), "turns", unit="turn", dynamic_ncols=True):
+        turns = range(bench.WARM + args.repeats)
+        for turn in tqdm(turns, "turns", unit="turn", dynamic_ncols=True):
             for name in sorted(processes, reverse=turn % 2):
                 k = steps.get(name, 1)
                 took = bench.order(k, *processes[name])["seconds"] / k
-                steps[name] = math.ceil(TURN / took)
-                if turn >= WARM:
+                steps[name] = math.ceil(bench.TURN / took)
+                if turn >= bench.WARM:
                     seconds[name].append(took)
     finally:
         for _, process in processes.values():

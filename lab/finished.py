@@ -7,7 +7,8 @@ import data
 import evaluate
 import train
 import world
-from rlhf import RewardModel, by_model, by_text
+from lab.judges import by_text
+from rlhf import RewardModel, by_model
 from support import checkpoints
 from support.flags import dpo_settings
 from support.run import Run, load_toy_run

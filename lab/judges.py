@@ -1,21 +1,39 @@
 """How good is a judge? A judge scores responses: a reward model, an AI, the true reward.
 
-Everything is exact. The pairs that it is tested on are two independent responses of the grammar,
-and the labels follow Bradley and Terry, Eq. 1, with the true reward.
+The measurements are exact. The pairs that a judge is tested on are two independent responses of the
+grammar, and the labels follow Bradley and Terry, Eq. 1, with the true reward.
 """
+from functools import lru_cache
+
 import torch
 
 import data
 import world
 from lab import tabular
+from lab.credit import toy_sequences
+from rlhf import UNFINISHED
+
+
+def by_text(score):
+    """A scoring function for rlhf.learn, from a function of texts such as world.true_reward."""
+    tokenizer = data.get_tokenizer("toy")
+    score = lru_cache(maxsize=None)(score)
+
+    def scores(prompts, responses):
+        values = []
+        for x, y in zip(prompts, responses):
+            ended = y[-1] == tokenizer.eot_token
+            text = tokenizer.decode(y[:-1])
+            values.append(score(tokenizer.decode(x), text) if ended else UNFINISHED)
+        return torch.tensor(values)  # (B,)
+    return scores
 
 
 @torch.no_grad()
 def all_scores(reward_model, prompts):
     """The score of every well-formed response to each prompt, (P,N) float64."""
     tokenizer, device = data.get_tokenizer("toy"), reward_model.scalar.weight.device
-    eos = [tokenizer.eot_token]
-    responses = [tokenizer.encode_ordinary(y) + eos for y in world.responses()]
+    responses = toy_sequences()
     rows = []
     for x in prompts:
         tokens, mask = data.pad([tokenizer.encode_ordinary(x)] * len(responses), responses)

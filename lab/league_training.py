@@ -11,11 +11,12 @@ from torch.nn.utils import clip_grad_norm_
 import data
 import train
 import world
+from lab.judges import by_text
 from lab.league_methods import FEW, FLIPPED
 from lab.more_losses import bco_pair_loss, bmc_logps, further_arguments, kto_kl
 from losses import missing_mass
 from model import sequence_logps
-from rlhf import MAX_NEW_TOKENS, by_text, response_token_logps
+from rlhf import MAX_NEW_TOKENS, response_token_logps
 from support.run import Run
 
 # ---- The labels of a condition

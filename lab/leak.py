@@ -22,6 +22,7 @@ import train
 import world
 from dpo import dpo_loss
 from lab import work
+from lab.credit import toy_sequences
 from lab.seeds import ROOT
 from model import GPT, GPTConfig, sequence_logps
 from support import command, flags, toy_data
@@ -51,9 +52,7 @@ def draw_pairs(n, which, seed):
 @lru_cache
 def tokens_of(tokenizer):
     """The tokens of every train prompt, and those of every response with its EOS: two lists."""
-    prompts = [tokenizer.encode_ordinary(x) for x in world.prompts()[0]]
-    eos = [tokenizer.eot_token]
-    return prompts, [tokenizer.encode_ordinary(y) + eos for y in world.responses()]
+    return [tokenizer.encode_ordinary(x) for x in world.prompts()[0]], toy_sequences()
 
 
 def logps_of(policy, tokenizer, prompt, response):

@@ -177,7 +177,7 @@ def test_a_run_of_doubling(tmp_path, monkeypatch, capsys):
     """Two tiny shapes, one turn. The file holds what is printed, and the figure has its curves."""
     monkeypatch.setattr(doubling, "BASE", TINY)
     monkeypatch.setattr(doubling, "SIZES", {"pairs": (4,)})
-    monkeypatch.setattr(doubling, "TURN", 0.05)
+    monkeypatch.setattr(bench, "TURN", 0.05)
     drawn = []
     monkeypatch.setattr(figures, "save", lambda fig, path: drawn.append((fig, path)))
     doubling.main(["--to", str(tmp_path), "--repeats", "1", "--threads", "1", "--device", "cpu"])

@@ -18,7 +18,7 @@ import evaluate
 import rlhf
 import world
 from conftest import ROOT
-from lab.judges import all_scores, judge_quality
+from lab.judges import all_scores, by_text, judge_quality
 from model import GPT, GPTConfig
 from support.checkpoints import fingerprint, load_model, save_model
 from support.files import append_jsonl, read_json, read_jsonl, write_json
@@ -51,7 +51,7 @@ def test_a_response_that_did_not_end_scores_low_whoever_judges(toy):
     def judge(prompt, text):
         asked.append((prompt, text))
         return world.true_reward(prompt, text)
-    judges = [(rlhf.by_text(judge), world.true_reward(prompt, text)),
+    judges = [(by_text(judge), world.true_reward(prompt, text)),
               (rlhf.by_model(model), len(review) + 1.0)]
     for score, want in judges:
         responses = [review + [tokenizer.eot_token], review, review + [tokenizer.eot_token]]
@@ -81,7 +81,7 @@ def test_a_frozen_policy_is_refused(toy):
     that a part of it does not."""
     gpt, _, prompts = toy
     policy = copy.deepcopy(gpt)
-    score, settings = rlhf.by_text(world.true_reward), rlhf.Settings(samples=4, batch_size=4)
+    score, settings = by_text(world.true_reward), rlhf.Settings(samples=4, batch_size=4)
     for frozen in (policy.wpe, policy):
         frozen.requires_grad_(False)
         with pytest.raises(ValueError, match="requires_grad_"):
@@ -90,7 +90,7 @@ def test_a_frozen_policy_is_refused(toy):
 
 def test_fewer_samples_than_a_batch_are_refused(toy):
     gpt, _, prompts = toy
-    score = rlhf.by_text(world.true_reward)
+    score = by_text(world.true_reward)
     with pytest.raises(ValueError, match="samples=3 is less than one batch"):
         rlhf.learn(copy.deepcopy(gpt), gpt, score, prompts, rlhf.Settings(samples=3, batch_size=4))
     settings = rlhf.Settings(samples=4, batch_size=4)
@@ -108,7 +108,7 @@ def test_the_leash_is_steered_to_a_target_kl(toy, monkeypatch, capsys):
         betas.append(args[-1])
         return rollout(*args) | {"kl": torch.full((4,), next(kls))}
     monkeypatch.setattr(rlhf, "rollout", with_kl)
-    score = rlhf.by_text(world.true_reward)
+    score = by_text(world.true_reward)
     settings = rlhf.Settings(samples=20, batch_size=4, beta=0.4, target_kl=2.0)
     history = rlhf.learn(copy.deepcopy(gpt), gpt, score, prompts, settings)
     assert torch.initial_seed() == 0
