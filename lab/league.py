@@ -71,17 +71,17 @@ def measured(run, policy, condition):
 
 def reward(run, folder, condition):
     """A piece of work: the reward model of PPO and of REINFORCE++."""
-    examples, start = labelled(run, condition), time.time()
+    examples, start = labelled(run, condition), time.process_time()
     model = train_reward_model(run.reference, examples, Run(folder), run.seed)
     checkpoints.save(model.state_dict(), folder / "reward.pt")
-    return {"seconds": time.time() - start}
+    return {"seconds": time.process_time() - start}
 
 
 def train_one(run, folder, method, condition, **settings):
     """A piece of work: one method, with one setting, on one run."""
     loss, stopped = METHODS[method].loss, None
     labelled(run, condition)  # before the clock starts: all methods share it
-    start, before = time.time(), 0.0
+    start, before = time.process_time(), 0.0
     if loss is None:
         policy, name = run.new_policy(), f"league/{condition}/reward"
         model = RewardModel(run.reference)
@@ -97,7 +97,7 @@ def train_one(run, folder, method, condition, **settings):
         before = work.result(run.folder, name)["seconds"]
     else:
         policy, stopped = fit(run, folder, loss, condition, **settings)
-    seconds = time.time() - start + before
+    seconds = time.process_time() - start + before
     if stopped:
         return {"stopped": stopped, "seconds": seconds}
     return measured(run, policy, condition) | {"seconds": seconds}
@@ -200,7 +200,7 @@ def table(league, condition):
 
 share: of the gain in reward that is possible at the policy's own KL. reward, KL (nats), J, share
 and KL(pi*||pi) are over well-formed text. well-f.: the mass on it. chosen: how much the mean
-log-probability of a chosen response has changed. seconds: of one training."""
+log-probability of a chosen response has changed. seconds: of one core, for one training."""
 
 
 # ---- The figure
