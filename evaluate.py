@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import world
-from support import command, own_data, show
+from support import command, own_data, show, toy_data
 from support.files import read_json, write_json
 from support.run import load_run
 from support.trie import exact_logps
@@ -22,15 +22,6 @@ from support.trie import exact_logps
 def held_out_rewards():
     """The true reward of every response to every held-out prompt, (P, N) float64."""
     return world.rewards(world.prompts()[1], world.responses())
-
-
-@lru_cache(maxsize=None)
-def annotator_ceiling(annotator):
-    """How often an annotator's own score agrees with its labels, for pairs of the grammar and the
-    train prompts. No model is more accurate, except by learning the labels' noise."""
-    train, _ = world.prompts()
-    scores = world.rewards(train, world.responses(), world.ANNOTATORS[annotator])  # (P, N)
-    return world.label_ceiling(world.grammar_logps(train), scores).mean().item()
 
 
 def measure(logps, ref_logps, beta, r=None):
@@ -73,18 +64,7 @@ def captured(row, ref_logps):
     return beta, best, (row["reward"] - start) / (best - start)
 
 
-# ---- The summary of a toy run. Every number has one name in it.
-
-KEYS = {"reference": "ref_{}", "plain": "plain_{}", "dpo": "policy_{}",
-        "same_kl": "optimal_{}_same_kl", "same_beta": "optimal_{}_same_beta"}
-SHORT = {("dpo", "objective"): "objective", ("dpo", "objective_all"): "objective_all",
-         ("dpo", "win_rate"): "win_rate", ("same_beta", "objective"): "objective_optimal"}
-
-
-def summary_key(row, column):
-    """The name that a number of the table has in the summary."""
-    return SHORT.get((row, column), KEYS[row].format(column))
-
+# ---- The summary of a toy run
 
 def toy_summary(models, beta, annotator="human"):
     """models: {"sft": GPT, "dpo": GPT, perhaps "plain": GPT} -> a dict of plain numbers."""
@@ -101,13 +81,13 @@ def toy_summary(models, beta, annotator="human"):
     grammar = world.grammar_logps(held_out)
     summary = {"beta": beta, "captured": share, "optimal_beta_same_kl": beta_same_kl,
                "objective_all_optimal": beta * log_z.mean().item(),
-               "label_ceiling": annotator_ceiling(annotator),
+               "label_ceiling": toy_data.ceiling(annotator),
                "ref_kl_from_grammar": world.kl(grammar, ref).mean().item()}
     if "plain" in rows:
         summary["plain_captured"] = captured(rows["plain"], ref)[2]
     for name, row in rows.items():
         for column, value in row.items():
-            summary[summary_key(name, column)] = value
+            summary[show.summary_key(name, column)] = value
     return summary
 
 
@@ -120,7 +100,7 @@ def report(folder, device="cpu"):
     if flags["data"] is None:
         summary = toy_summary(models, flags["beta"], flags["annotator"])
         prompts, n = world.prompts()[1][::3], 3
-        print("\n" + show.toy_table(summary, summary_key))
+        print("\n" + show.toy_table(summary))
     else:
         summary, prompts = own_data.measure(models["dpo"], models["sft"], flags, tokenizer, device)
         prompts, n = prompts[:3], 1

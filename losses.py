@@ -1,4 +1,4 @@
-"""Variants of the DPO loss, by name in LOSSES, and the missing mass, which DPO does not see.
+"""Variants of the DPO loss, by name in LOSSES, and two measures of what DPO does not see.
 
 Each is called as dpo.dpo_loss is, and returns losses, chosen_rewards and rejected_rewards, each
 (B,). Two also take label_smoothing. h is dpo.preference_logits, sigma the logistic function.
@@ -78,18 +78,33 @@ def check_label_smoothing(label_smoothing):
                          "it is the share of flipped labels")
 
 
+# ---- What Eq. 7 does not see: mass that goes to text that is in no pair. Eq. 7 fixes only the
+# differences of rewards, so log pi(y_w|x) and log pi(y_l|x) may fall together.
+
 def missing_mass(policy_logps, ref_logps):
     """An estimate of the probability that the policy spends on text the reference does not write.
 
     Eq. 9 says sum_y ref(y|x) exp(r^(x,y)/beta) = sum_y pi(y|x) = 1. Over the text that the
     reference writes, the sum is E_{y ~ ref}[pi(y|x)/ref(y|x)], the policy's mass on that text.
-    1 minus it went elsewhere. Eq. 7 does not see this: it fixes only differences of rewards, so
-    log pi(y_w|x) and log pi(y_l|x) may fall together, and text that is in no pair gains.
+    1 minus it went elsewhere.
 
     policy_logps, ref_logps (B,): of responses drawn from the reference, chosen and rejected.
-    Returns a scalar to log, or to add to the loss with a small weight. For such responses it is
-    unbiased. Its expectation has its least value, 0, for pi* too, and so it does not move the
-    optimum; a likelihood term does. For responses that others wrote it is biased, and it moves the
-    optimum. Far from the reference it is of no use, because its variance grows as exp(KL).
+    Returns a scalar. For such responses it is unbiased, and its expectation is least, 0, for pi*
+    too. For responses that others wrote it is biased. Its variance grows as exp(KL), and so it is
+    a poor term of a loss where beta is small.
     """
     return 1 - (policy_logps - ref_logps).exp().mean()
+
+
+LIKELY = 0.01  # a tenth of it sees less of the leak, three times as much costs reward
+
+
+def stray_mass(logits, likely):
+    """The policy's probability of those next tokens that are unlikely under the reference. (N,)
+
+    Text that is in no pair leaves the pairs at some token. So this looks at every beginning of the
+    pairs' responses, N of them. logits (N,V): the policy's. likely (N,V): true for the tokens to
+    which the reference gives at least `LIKELY`. It is never more than 1, and of pi* it is about as
+    small as of the reference. It does not matter who wrote the responses.
+    """
+    return torch.where(likely, 0.0, logits.softmax(-1)).sum(-1)  # (N,)

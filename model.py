@@ -233,11 +233,22 @@ def sample(logits, temperature=1.0, top_k=None):
     return torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
 
 
-def target_logps(model, states, targets):
-    """log-probability of each target token, from the state before it. (N,C), (N,) -> (N,)"""
-    logits = model.head(states)  # (N, V)
+def response_logits(policy, tokens, response_mask):
+    """For the N response tokens of a batch: the logits that predict them (N,V), in float32 at
+    least, the tokens (N,), and the row of each (N,)."""
+    # If tokens and mask are on the CPU, nothing below has to wait for a GPU.
+    mask = response_mask[:, 1:].bool()  # (B, T-1)
+    # What several rows begin with, as the responses to one prompt do, is computed once.
+    states = policy.hidden(tokens[:, :-1], needed=mask)[mask]  # (N, C)
+    logits = policy.head(states)  # (N, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return -F.cross_entropy(logits, targets, reduction="none")
+    return logits, *[t.to(logits.device) for t in (tokens[:, 1:][mask], mask.nonzero()[:, 0])]
+
+
+def row_logps(logits, targets, row, rows):
+    """log pi(y|x) of each of the rows, from what `response_logits` returns. (rows,)"""
+    logps = -F.cross_entropy(logits, targets, reduction="none")  # (N,)
+    return logps.new_zeros(rows).index_add(0, row, logps)
 
 
 def sequence_logps(policy, tokens, response_mask):
@@ -247,11 +258,4 @@ def sequence_logps(policy, tokens, response_mask):
     prompt and to padding. So the head runs only where a response token follows: policy.hidden
     gives states (B,T,C), policy.head maps states to logits. The result is float32 at least.
     """
-    # If tokens and mask are on the CPU, nothing below has to wait for a GPU.
-    mask = response_mask[:, 1:].bool()  # (B, T-1)
-    # What several rows begin with, as the responses to one prompt do, is computed once.
-    states = policy.hidden(tokens[:, :-1], needed=mask)[mask]  # (N, C)
-    logps = target_logps(policy, states, tokens[:, 1:][mask].to(states.device))  # (N,)
-    row = mask.nonzero()[:, 0].to(states.device)  # (N,): which response each token belongs to
-    zeros = torch.zeros(len(tokens), dtype=logps.dtype, device=logps.device)
-    return zeros.index_add(0, row, logps)  # (B,)
+    return row_logps(*response_logits(policy, tokens, response_mask), len(tokens))

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import data
 import evaluate
 import world
-from model import target_logps
+from model import response_logits
 from ppo import gae, last_true, normalise, ppo_loss, reward_to_go, token_rewards, value_loss
 from support import checkpoints, command, show
 from support.flags import number
@@ -126,11 +126,11 @@ def train_reward_model(reference, examples, run, seed, epochs=4, lr=1.5e-3, batc
 def response_token_logps(model, tokens, mask):
     """log pi(y_t | x, y_<t) where mask (B,S) is true, else 0. (B,S)
 
-    It is dpo.token_logps at a lower price: the head runs only where a
-    response token follows, and the last position is not run at all.
+    It is dpo.token_logps at a lower price, see `model.response_logits`.
     """
-    states = model.hidden(tokens[:, :-1], needed=mask)[mask]  # (N, C)
-    logps = target_logps(model, states, tokens[:, 1:][mask])  # (N,)
+    first = torch.zeros_like(mask[:, :1])  # no token is predicted by nothing
+    logits, targets, _ = response_logits(model, tokens, torch.cat([first, mask], 1))
+    logps = -F.cross_entropy(logits, targets, reduction="none")  # (N,)
     zeros = torch.zeros(mask.shape, dtype=logps.dtype, device=logps.device)  # (B, S)
     return zeros.masked_scatter(mask, logps)
 

@@ -22,10 +22,11 @@ from tqdm import tqdm
 import data
 import evaluate
 import world
-from losses import LOSSES, SMOOTHED, missing_mass
-from model import GPT, GPTConfig, sequence_logps
+from losses import LIKELY, LOSSES, SMOOTHED, stray_mass
+from model import GPT, GPTConfig, response_logits, row_logps, sequence_logps
 from support import checkpoints, command, flags, own_data, processes, toy_data
 from support.files import write_json
+from support.likely import LikelyTokens
 from support.machine import pick_device, precision_of, recompute
 from support.run import Run, start
 
@@ -66,38 +67,48 @@ def train_sft(model, texts, run, *, epochs, batch_size, lr, seed, accumulate=1):
         optimizer.zero_grad()
 
 
-# ---- Step 2. The reference's log-probabilities of the data, once and for all
+# ---- Step 2. What the reference thinks of the data, once and for all
 
 @torch.no_grad()
-def reference_logps(reference, examples, batch_size):
-    """log ref(y_w|x) and log ref(y_l|x) of every example, two tensors (N,), in their order.
-    After this, training needs no second model in memory."""
+def reference_logps(reference, examples, batch_size, likely=None):
+    """log ref(y_w|x) and log ref(y_l|x) of every example, two tensors (N,), in their order. After
+    this, training needs no second model in memory. likely: a LikelyTokens, to keep there the
+    tokens that the reference finds likely."""
     device = next(reference.parameters()).device
-    # like lengths together, so that little is padding
-    order = processes.mine(sorted(range(len(examples)), key=lambda i: len(examples[i])))
+    # like prompts together: what they begin with is computed once, and little is padding
+    order = processes.mine(sorted(range(len(examples)), key=lambda i: (
+        len(examples[i]), examples[i].prompt)))
     out = torch.zeros(2, len(examples), device=device)  # (2, N)
     for i in tqdm(range(0, len(order), batch_size), desc="     ref", unit="batch",
                   dynamic_ncols=True):
         indices = order[i:i + batch_size]
         batch = data.collate([examples[j] for j in indices])
-        logps = sequence_logps(reference, batch["tokens"], batch["response_mask"])  # (2B,)
+        logits, targets, row = response_logits(reference, **batch)  # (n, V), (n,), (n,)
+        logps = row_logps(logits, targets, row, 2 * len(indices))  # (2B,)
         out[:, indices] = logps.view(2, -1)  # chosen, rejected
+        if likely is not None:
+            likely.keep(indices, logits, row)
+    if likely is not None:
+        likely.share()
     processes.add_up(out)
     return out[0], out[1]
 
 
 # ---- Step 3. DPO
 
-def train_dpo(policy, examples, ref_logps, run, *, stage="dpo", beta, loss="sigmoid",
-              label_smoothing=0.0, norm_weight=0.0, nll_weight=0.0, epochs, batch_size, lr, seed,
+def train_dpo(policy, examples, ref_logps, run, *, likely=None, stage="dpo", beta, loss="sigmoid",
+              label_smoothing=0.0, stray_weight=0.0, nll_weight=0.0, epochs, batch_size, lr, seed,
               accumulate=1, ceiling=None, measure=None, measure_at=MEASURE_AT):
     """Minimise a preference loss over a fixed set of pairs.
 
-    policy: a GPT, changed in place; it begins as the reference. ref_logps: what `reference_logps`
-    returned for these examples. loss: a name in losses.LOSSES. norm_weight, nll_weight: weights
-    of losses.missing_mass and of -log pi(y_w|x). ceiling: the accuracy that the labels' noise
-    allows, logged beside the accuracy. measure(policy): a dict, recorded at measure_at.
+    policy: a GPT, changed in place; it begins as the reference. ref_logps, likely: what
+    `reference_logps` returned and kept for these examples. loss: a name in losses.LOSSES.
+    stray_weight, nll_weight: weights of losses.stray_mass, which needs `likely`, and of
+    -log pi(y_w|x). ceiling: the accuracy that the labels' noise allows, logged beside the
+    accuracy. measure(policy): a dict, recorded at measure_at.
     """
+    if stray_weight and likely is None:
+        raise ValueError("stray_weight needs `likely`, which train.reference_logps fills")
     ref_chosen, ref_rejected = ref_logps  # (N,), (N,)
     loss_function = LOSSES[loss]
     options = {"label_smoothing": label_smoothing} if loss in SMOOTHED else {}
@@ -113,23 +124,26 @@ def train_dpo(policy, examples, ref_logps, run, *, stage="dpo", beta, loss="sigm
         for share, indices in parts:
             # log pi of both responses is computed; log ref of both is looked up
             batch = data.collate([examples[i] for i in indices])
-            logps = sequence_logps(policy, batch["tokens"], batch["response_mask"])  # (2B,)
+            logits, targets, row = response_logits(policy, **batch)  # (n, V), (n,), (n,)
+            logps = row_logps(logits, targets, row, 2 * len(indices))  # (2B,)
             chosen, rejected = logps.chunk(2)  # (B,), (B,)
             ref = ref_chosen[indices], ref_rejected[indices]  # (B,), (B,)
             # the loss: Eq. 7, or another one of losses.py
             losses, chosen_rewards, rejected_rewards = loss_function(
                 chosen, rejected, *ref, beta, **options)  # each (B,)
-            # the remedies for what Eq. 7 does not see; the default run uses the missing mass
-            missing = missing_mass(torch.cat([chosen, rejected]), torch.cat(ref))
+            # the remedies for what Eq. 7 does not see; the default run uses the stray mass
             total = losses.mean() - nll_weight * chosen.mean()
-            if norm_weight:  # far from the reference it overflows, and 0 x infinity is no number
-                total = total + norm_weight * missing
+            if likely is not None:
+                mask = likely.mask(indices).to(logits.device)  # (n, V)
+                stray = stray_mass(logits, mask).sum() / len(logps)  # a mean over responses
+                total = total + stray_weight * stray
+                run.log(share, stray_mass=stray)
             (share * total).backward()
             # what one watches: how many pairs are ranked as labelled (a tie counts 1/2), and why
             right = chosen_rewards > rejected_rewards
             accuracy = right + 0.5 * (chosen_rewards == rejected_rewards)  # (B,)
             run.log(share, **{
-                "loss": losses.mean(), "missing_mass": missing,
+                "loss": losses.mean(),
                 "rewards/chosen": chosen_rewards.mean(),
                 "rewards/rejected": rejected_rewards.mean(),
                 "rewards/margins": (chosen_rewards - rejected_rewards).mean(),
@@ -191,8 +205,9 @@ def main(argv=None):
 
     # 2. What the reference thinks of the data, once and for all.
     at_once = 512 if toy else math.ceil(args.batch_size / args.accumulate)
+    likely = LikelyTokens(LIKELY) if args.stray_weight else None
     with precision:
-        ref_logps = reference_logps(reference, examples, at_once)
+        ref_logps = reference_logps(reference, examples, at_once, likely)
 
     # 3. DPO. On the toy world plain DPO (Eq. 7 alone) runs beside it, for comparison: from the same
     # reference, on the same pairs, in the same order.
@@ -201,7 +216,7 @@ def main(argv=None):
     if toy:
         held_out = world.prompts()[1]
         ref_exact = evaluate.exact_logps(reference, held_out)  # (P, N)
-        ceiling = evaluate.annotator_ceiling(args.annotator)
+        ceiling = toy_data.ceiling(args.annotator)
 
         def measure(policy):
             return evaluate.measure(evaluate.exact_logps(policy, held_out), ref_exact, args.beta)
@@ -214,15 +229,15 @@ def main(argv=None):
         policy = copy.deepcopy(reference).requires_grad_(True)
         recompute(policy, args.recompute)
         with precision_of(args.dtype, device):
-            train_dpo(policy, examples, ref_logps, run, stage=stage, ceiling=ceiling,
-                      measure=measure, **settings)
+            train_dpo(policy, examples, ref_logps, run, likely=likely, stage=stage,
+                      ceiling=ceiling, measure=measure, **settings)
         checkpoints.save_model(policy, file, flags=run.flags,
                                reference=checkpoints.fingerprint(reference))
 
     side = Run(args.out_dir / "plain", run.flags)
     stages = [(run, "dpo", settings)]
-    if toy and (args.norm_weight or args.nll_weight):
-        stages.append((side, "plain", settings | {"norm_weight": 0.0, "nll_weight": 0.0}))
+    if toy and (args.stray_weight or args.nll_weight):
+        stages.append((side, "plain", settings | {"stray_weight": 0.0, "nll_weight": 0.0}))
     processes.side_by_side([partial(train_policy, *stage) for stage in stages], device)
     run.take_over(side)
 

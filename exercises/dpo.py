@@ -187,13 +187,11 @@ def missing_mass(policy_logps, ref_logps):
 
     Eq. 9 says sum_y ref(y|x) exp(r^(x,y)/beta) = sum_y pi(y|x) = 1. Over the text that the
     reference writes, the sum is E_{y ~ ref}[pi(y|x)/ref(y|x)], the policy's mass on that text.
-    1 minus it went elsewhere. Eq. 7 does not see this: it fixes only differences of rewards, so
-    log pi(y_w|x) and log pi(y_l|x) may fall together, and text that is in no pair gains.
+    1 minus it went elsewhere.
 
     policy_logps, ref_logps (B,): of responses drawn from the reference, chosen and rejected.
-    Returns a scalar to log, or to add to the loss with a small weight. For such responses it is
-    unbiased. Its expectation has its least value, 0, for pi* too, and so it does not move the
-    optimum; a likelihood term does. For responses that others wrote it is biased, and it moves the
-    optimum. Far from the reference it is of no use, because its variance grows as exp(KL).
+    Returns a scalar. For such responses it is unbiased, and its expectation is least, 0, for pi*
+    too. For responses that others wrote it is biased. Its variance grows as exp(KL), and so it is
+    a poor term of a loss where beta is small.
     """
     raise NotImplementedError

@@ -228,8 +228,8 @@ def short_run(folder, flags, texts=640, pairs=256, size=32):
 
     It is plain DPO unless the flags say otherwise: no other term of the loss hides a bug of Eq. 7.
     """
-    if "--norm-weight" not in flags:
-        flags = ["--norm-weight", "0", *flags]
+    if "--stray-weight" not in flags:
+        flags = ["--stray-weight", "0", *flags]
     usual, train.SFT_TEXTS = train.SFT_TEXTS, texts
     try:
         with quietly():

@@ -8,9 +8,11 @@ import evaluate
 import train
 import world
 from lab.judges import by_text
+from losses import LIKELY
 from rlhf import RewardModel, by_model
-from support import checkpoints
+from support import checkpoints, toy_data
 from support.flags import dpo_settings
+from support.likely import LikelyTokens
 from support.run import Run, load_toy_run
 
 
@@ -70,8 +72,9 @@ class Finished:
         """
         reference = reference or self.reference
         policy = copy.deepcopy(reference).requires_grad_(True)
-        ref_logps = train.reference_logps(reference, examples, 512)
+        likely = LikelyTokens(LIKELY)
+        ref_logps = train.reference_logps(reference, examples, 512, likely)
         settings = dpo_settings(self.flags) | settings
-        train.train_dpo(policy, examples, ref_logps, Run(folder),
-                        ceiling=evaluate.annotator_ceiling(annotator), **settings)
+        train.train_dpo(policy, examples, ref_logps, Run(folder), likely=likely,
+                        ceiling=toy_data.ceiling(annotator), **settings)
         return policy

@@ -7,7 +7,7 @@ prompts is taken. With that setting it is trained on every run, and measured exa
 HELD-OUT prompts. The other conditions take the settings that were chosen in the plain one, and only
 about half of the methods.
 
-With three runs and 2 cores, tuning and the plain condition take about 45 minutes. Each of the five
+With three runs and 2 cores, tuning and the plain condition take about 50 minutes. Each of the five
 other conditions takes about 15 minutes more. What was trained is kept in DIR/league, and the same
 command goes on with what is missing. The table is printed, and a figure goes to DIR/league of the
 first run. --record writes the results to docs/league.json, and the figure to docs/league.png.

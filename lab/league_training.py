@@ -14,9 +14,10 @@ import world
 from lab.judges import by_text
 from lab.league_methods import FEW, FLIPPED
 from lab.more_losses import bco_pair_loss, bmc_logps, further_arguments, kto_kl
-from losses import missing_mass
-from model import sequence_logps
+from losses import LIKELY, missing_mass, stray_mass
+from model import response_logits, row_logps, sequence_logps
 from rlhf import MAX_NEW_TOKENS, response_token_logps
+from support.likely import LikelyTokens
 from support.run import Run
 
 # ---- The labels of a condition
@@ -134,14 +135,14 @@ def move(reference, policy, mix):
             own.lerp_(its, mix)
 
 
-def fit(run, folder, loss, condition, *, lr, norm_weight=0.0, rounds=0, moves=0, mix=1.0, bmc=None,
-        **options):
+def fit(run, folder, loss, condition, *, lr, stray_weight=0.0, norm_weight=0.0, rounds=0, moves=0,
+        mix=1.0, bmc=None, **options):
     """Minimise a loss, begun at the reference. Returns the policy, and what has stopped the
     training before its end, a text, or None.
 
-    options: of the loss, beta among them. norm_weight: of losses.missing_mass. rounds: how often
-    new pairs take the place of the run's own. moves, mix: how often the reference moves, see
-    `move`. bmc: the delta of BMC's token weights.
+    options: of the loss, beta among them. stray_weight, norm_weight: of losses.stray_mass and of
+    losses.missing_mass. rounds: how often new pairs take the place of the run's own. moves, mix:
+    how often the reference moves, see `move`. bmc: the delta of BMC's token weights.
     """
     policy, reference, examples = run.new_policy(), run.reference, labelled(run, condition)
     size, seed = run.flags["batch_size"], run.seed
@@ -153,6 +154,7 @@ def fit(run, folder, loss, condition, *, lr, norm_weight=0.0, rounds=0, moves=0,
     moving = {round(len(plan) * k / (moves + 1)) for k in range(1, moves + 1)}
     needs = {name for name, default in further_arguments(loss).items() if default is None}
     optimizer, record = train.adamw(policy, lr), Run(folder)
+    likely = LikelyTokens(LIKELY) if stray_weight else None
     looked_up, seen = None, []  # log ref of all pairs; BCO's mean reward of each batch
     # What an interrupted training has saved lacks the moved reference and the new pairs. A training
     # takes half a minute, so it begins anew.
@@ -167,11 +169,12 @@ def fit(run, folder, loss, condition, *, lr, norm_weight=0.0, rounds=0, moves=0,
             move(reference, policy, mix)
             looked_up = None
         if looked_up is None:
-            looked_up = train.reference_logps(reference, examples, 512)  # (N,), (N,)
+            looked_up = train.reference_logps(reference, examples, 512, likely)  # (N,), (N,)
         pairs = [examples[i] for i in indices]
         batch = data.collate(pairs)
         if bmc is None:
-            logps = sequence_logps(policy, batch["tokens"], batch["response_mask"])  # (2B,)
+            logits, targets, row = response_logits(policy, **batch)  # (n, V), (n,), (n,)
+            logps = row_logps(logits, targets, row, 2 * len(pairs))  # (2B,)
             ref = looked_up[0][indices], looked_up[1][indices]  # (B,), (B,)
         else:
             logps = weighted_logps(policy, pairs, batch, bmc)  # (2B,)
@@ -185,6 +188,9 @@ def fit(run, folder, loss, condition, *, lr, norm_weight=0.0, rounds=0, moves=0,
                       **brought(needs, policy, reference, pairs, batch))
         losses = losses[0] if isinstance(losses, tuple) else losses  # (B,)
         total = losses.mean()
+        if stray_weight:
+            stray = stray_mass(logits, likely.mask(indices)).sum() / len(logps)
+            total = total + stray_weight * stray
         if norm_weight:
             total = total + norm_weight * missing_mass(logps, torch.cat(ref))
         total.backward()

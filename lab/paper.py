@@ -166,7 +166,7 @@ def fig2_left():
         trained = piece(f"dpo-beta-{beta:g}", dpo, beta=float(beta))
         found["DPO", f"beta {beta:g}"] = "dpo" if beta == 1 else trained
     for beta in (1, 0.5, 0.25):
-        trained = piece(f"plain-beta-{beta:g}", dpo, beta=float(beta), norm_weight=0.0)
+        trained = piece(f"plain-beta-{beta:g}", dpo, beta=float(beta), stray_weight=0.0)
         found["DPO, Eq. 7 alone", f"beta {beta:g}"] = "plain" if beta == 1 else trained
     for method, judge in (("PPO, learned reward", "human"), ("PPO, true reward", "true")):
         for kl in (0.3, 0.6, 1.5, 2.5):
@@ -334,10 +334,8 @@ def pairs_of_others(run, folder):
 
     reference = baselines.preferred_ft(run.new_policy(), examples, Run(folder), run.seed)
     ref_logps = evaluate.exact_logps(reference.requires_grad_(False), run.held_out)  # (P, N)
-    # The missing mass is for pairs that the reference wrote. Here a likelihood term holds the
-    # text together.
-    policy = run.dpo(examples, folder, reference=reference, norm_weight=0.0, nll_weight=0.05,
-                     measure=measure, measure_at=[share / 10 for share in range(11)])
+    policy = run.dpo(examples, folder, reference=reference, measure=measure,
+                     measure_at=[share / 10 for share in range(11)])
     win_rates = {
         "base": win_rate(run.ref_logps), "Preferred-FT": win_rate(ref_logps),
         "best of 128 by r*": win_rate(best_of(world.normalise(ref_logps), r, 128)),

@@ -46,7 +46,7 @@ def curve(records, stage, key):
 
 
 def plot_curves(records, path, ceiling=None):
-    """The training curves of a run's metrics.jsonl records. ceiling: see annotator_ceiling."""
+    """The training curves of a run's metrics.jsonl records. ceiling: see toy_data.ceiling."""
     logged = {r["stage"] for r in records if "loss" in r}
     stages = [stage for stage in ("dpo", "plain") if stage in logged]
     exact = any("wellformed" in r for r in records)
@@ -122,7 +122,7 @@ def plot_frontier(records, ref_logps, summary, path):
         if paths[stage]:
             x, y, w = zip(*paths[stage])
             ax.plot(x, y, marker + "-", ms=4, lw=1, color=COLOURS[stage],
-                    label=f"{NAMES[stage]} through training; at the end {w[-1]:.0%} of its text "
+                    label=f"{NAMES[stage]} through training; at the end {w[-1]:.1%} of its text "
                           "is well-formed")
     ax.plot(0, summary["ref_reward"], "D", color=COLOURS["reference"], label="reference (SFT)")
     ax.plot(*star, "*", ms=14, color=green,

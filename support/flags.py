@@ -11,9 +11,9 @@ from support.tokenizers import TOKENIZERS
 
 # What a flag is where it is not given: on the toy world, and with --data.
 TOY = {"sft_epochs": 1, "sft_lr": 4e-3, "epochs": 2, "batch_size": 64, "lr": 1.5e-3,
-       "beta": 1.0, "norm_weight": 0.15, "n_layer": 1, "n_embd": 64}
+       "beta": 1.0, "stray_weight": 1.0, "n_layer": 1, "n_embd": 64}
 OWN = {"sft_epochs": 2, "sft_lr": 2e-3, "epochs": 2, "batch_size": 16, "lr": 1e-3,
-       "beta": 0.1, "norm_weight": 0.0, "n_layer": 1, "n_embd": 64}
+       "beta": 0.1, "stray_weight": 0.0, "n_layer": 1, "n_embd": 64}
 # flags that only one of the two has
 TOY_ALONE = {"pairs": 40_000, "annotator": "human"}
 OWN_ALONE = {"max_length": 512, "skip_bad_rows": False}
@@ -28,8 +28,8 @@ HELP = {
     "sft_epochs": "passes over the SFT texts; too many learn the texts by heart",
     "sft_lr": "peak learning rate of SFT; larger learns faster, too large diverges",
     "beta": "the leash; a larger beta keeps the policy closer to the reference",
-    "norm_weight": "weight of losses.missing_mass; larger keeps more of the policy on text like "
-                   "the pairs, and adds noise; only for pairs that the reference wrote",
+    "stray_weight": "weight of losses.stray_mass; larger keeps the policy closer to text that the "
+                    "reference could write",
     "epochs": "passes over the pairs; many of them learn the labels' noise",
     "batch_size": "pairs a step; a larger batch gives fewer steps with less noise",
     "lr": "peak learning rate of DPO; larger learns faster, too large diverges",
@@ -44,7 +44,7 @@ RANGE = {
     "sft_epochs": (int, 0, 1000), "epochs": (int, 1, 1000),
     "batch_size": (int, 1, 1_000_000), "accumulate": (int, 1, 1_000_000),
     "sft_lr": (float, 1e-9, 1), "lr": (float, 1e-9, 1), "beta": (float, 1e-9, 1e9),
-    "norm_weight": (float, 0, 1e6), "nll_weight": (float, 0, 1e6),
+    "stray_weight": (float, 0, 1e6), "nll_weight": (float, 0, 1e6),
     "label_smoothing": (float, 0, 0.49), "seed": (int, 0, 2 ** 32 - 1),
     "pairs": (int, 1, 10_000_000), "max_length": (int, 3, 1_000_000),
 }
@@ -240,6 +240,6 @@ def kept(args):
 
 def dpo_settings(flags):
     """The keyword arguments of train.train_dpo that stand in a run's flags, a dict."""
-    names = ("beta", "loss", "label_smoothing", "norm_weight", "nll_weight", "epochs",
+    names = ("beta", "loss", "label_smoothing", "stray_weight", "nll_weight", "epochs",
              "batch_size", "lr", "seed", "accumulate")
     return {name: flags[name] for name in names}

@@ -80,12 +80,17 @@ def add_up_gradients(model):
             add_up(p.grad)
 
 
+def everyones(thing):
+    """What each process holds, a list in their order."""
+    things = [thing] * size()
+    if size() > 1:
+        dist.all_gather_object(things, thing)
+    return things
+
+
 def add_up_numbers(numbers):
     """Add up dicts of floats over the processes, name by name."""
-    if size() == 1:
-        return numbers
-    everyone = [None] * size()
-    dist.all_gather_object(everyone, numbers)
+    everyone = everyones(numbers)
     names = dict.fromkeys(name for one in everyone for name in one)
     return {name: sum(one.get(name, 0.0) for one in everyone) for name in names}
 

@@ -11,7 +11,6 @@ COLOURS = {"reference": "#000000", "dpo": "#0072B2", "plain": "#D55E00", "optimu
 TITLES = {"reference": "reference (SFT)", "plain": "plain DPO (Eq. 7 alone)", "dpo": "DPO",
           "same_kl": "optimum at DPO's KL", "same_beta": "optimum at the same beta"}
 
-
 COLUMNS = ("reward", "kl", "objective", "win_rate", "wellformed", "objective_all")
 
 
@@ -26,11 +25,21 @@ def table(rows):
     return "\n".join(lines)
 
 
-def toy_table(s, summary_key):
-    """The closing table of a toy run, text: a row for each policy, means over held-out prompts.
+# Every number of the closing table has one name in a run's summary.
+KEYS = {"reference": "ref_{}", "plain": "plain_{}", "dpo": "policy_{}",
+        "same_kl": "optimal_{}_same_kl", "same_beta": "optimal_{}_same_beta"}
+SHORT = {("dpo", "objective"): "objective", ("dpo", "objective_all"): "objective_all",
+         ("dpo", "win_rate"): "win_rate", ("same_beta", "objective"): "objective_optimal"}
 
-    s: the summary. summary_key(row, column): the name that a number of the table has in it.
-    """
+
+def summary_key(row, column):
+    """The name that a number of the table has in the summary."""
+    return SHORT.get((row, column), KEYS[row].format(column))
+
+
+def toy_table(s):
+    """The closing table of a toy run, text, from its summary s: a row for each policy, means over
+    held-out prompts."""
     rows = {}
     for row, title in TITLES.items():
         if summary_key(row, "reward") in s:

@@ -2,6 +2,7 @@
 from functools import lru_cache
 
 import data
+import world
 
 
 def load(tokenizer, sft_texts, pairs, annotator, seed):
@@ -12,3 +13,12 @@ def load(tokenizer, sft_texts, pairs, annotator, seed):
         texts.append((encode(prompt), encode(response) + [tokenizer.eot_token]))
     examples, _ = data.tokenize(data.make_preferences(pairs, annotator, seed), tokenizer)
     return texts, examples
+
+
+@lru_cache(maxsize=None)
+def ceiling(annotator):
+    """How often an annotator's own score agrees with its labels, for pairs of the grammar and the
+    train prompts. No model is more accurate, except by learning the labels' noise."""
+    prompts, _ = world.prompts()
+    scores = world.rewards(prompts, world.responses(), world.ANNOTATORS[annotator])  # (P, N)
+    return world.label_ceiling(world.grammar_logps(prompts), scores).mean().item()

@@ -328,3 +328,41 @@ def test_missing_mass_does_not_pull_at_a_policy_that_leaks_nothing():
     assert leaks > 1e-3, f"the gradient is {leaks:.1e} where mass is missing: it must not be zero"
     assert pull(theta) < 1e-12, (
         f"the gradient is {pull(theta):.1e} where no mass is missing: it must be zero")
+
+
+def test_text_leaves_through_stray_mass():
+    """Texts of three tokens, each one of five. The reference writes only the tokens 0 to 2. Then
+    the policy's mass on all other text is a sum over beginnings: how often the policy comes to it,
+    times its stray mass there (1e-12). The reference, whose tokens are all likely, has none."""
+    generator = torch.Generator().manual_seed(0)
+    inside = torch.tensor([True, True, True, False, False])
+    own = [torch.randn(*[5] * t, 5, generator=generator, dtype=torch.float64) for t in range(3)]
+    p = [logits.softmax(-1) for logits in own]  # (5,), (5,5), (5,5,5)
+    text = p[0][:, None, None] * p[1][:, :, None] * p[2]  # (5, 5, 5)
+    wanted = 1 - text[:3, :3, :3].sum()
+    leaves, reached = 0.0, torch.ones(())
+    for logits, probs in zip(own, p):
+        at = logits[(slice(3),) * (logits.dim() - 1)].reshape(-1, 5)  # the beginnings inside
+        stray = losses.stray_mass(at, inside.expand(len(at), 5))
+        leaves += (reached.reshape(-1) * stray).sum()
+        reached = reached.reshape(-1, 1) * probs[(slice(3),) * probs.dim()].reshape(-1, 3)
+    assert 0.1 < wanted < 0.9
+    assert_same(leaves, wanted, 1e-12, what="the mass that leaves")
+    assert losses.stray_mass(at, torch.ones(len(at), 5, dtype=torch.bool)).sum() == 0
+
+
+def test_the_stray_mass_is_bounded_and_can_be_trained():
+    """At most 1, however far the logits are apart (1e-12). Its gradient by hand (1e-12): for token
+    i it is p_i (1 - stray) if i is stray, else -p_i stray."""
+    far = vector(-1e4, 1e4, 0.0)
+    assert_same(losses.stray_mass(far, torch.tensor([True, False, True])), vector(1.0)[0], 1e-12,
+                what="the stray mass")
+    logits = vector(0.3, -0.2, 1.0).requires_grad_()
+    likely = torch.tensor([False, True, False])
+    mass = losses.stray_mass(logits, likely)
+    p = [math.exp(x) / sum(map(math.exp, (0.3, -0.2, 1.0))) for x in (0.3, -0.2, 1.0)]
+    stray = p[0] + p[2]
+    assert_same(mass.detach(), vector(stray)[0], 1e-12, {
+        "the mass of the likely tokens": vector(p[1])[0]}, what="the stray mass")
+    slope = vector(p[0] * (1 - stray), -p[1] * stray, p[2] * (1 - stray))
+    assert_same(torch.autograd.grad(mass, logits)[0], slope, 1e-12, what="its gradient")

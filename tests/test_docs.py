@@ -19,12 +19,12 @@ import pytest
 import torch
 
 import data
-import evaluate
 import world
 from conftest import ROOT
-from lab import bench, doubling
+from lab import bench, doubling, remedies
 from lab.compare import TITLES
 from lab.paper import AI_BETA, DETAILS, EXPERIMENTS
+from losses import LIKELY
 from model import GPT, GPTConfig
 from support import own_data, show
 from support.flags import NOT_KEPT, OWN, TOY, parse_args
@@ -123,7 +123,7 @@ def closing_rows(runs):
     for row, name in names.items():
         cells = [name]
         for column, written in shown.items():
-            key = evaluate.summary_key(row, column)
+            key = show.summary_key(row, column)
             cells.append(written([run[key] for run in runs]))
         yield f"| {' | '.join(cells)} |"
 
@@ -153,36 +153,78 @@ def test_a_share_of_the_gain_in_reward_is_called_so(small_run):
     """evaluate.captured compares gains over the reference, and not rewards."""
     summary = json.loads((small_run / "summary.json").read_text(encoding="utf-8"))
     gain = f"DPO reaches {summary['captured']:.1%} of the gain in reward that is possible"
-    assert gain in show.toy_table(summary, evaluate.summary_key)
+    assert gain in show.toy_table(summary)
     for page, text in PAGES.items():
         assert "of the reward that is possible" not in flowing(text), page
 
 
-def remedy_row(name, runs, row, captured):
-    """A line of the table of remedies. row: whose numbers they are, in these summaries."""
-    def values(column):
-        return [run[evaluate.summary_key(row, column)] for run in runs]
-
-    best = [run[evaluate.summary_key("same_beta", "objective")] for run in runs]
-    best_all = [run["objective_all_optimal"] for run in runs]
-    objective = [a / b for a, b in zip(values("objective"), best)]
-    objective_all = [a / b for a, b in zip(values("objective_all"), best_all)]
-    cells = [percent([run[captured] for run in runs]), percent(values("wellformed")),
-             percent(objective), percent(objective_all)]
-    return f"| {name} | {' | '.join(cells)} |"
+REMEDIED = json.loads((ROOT / "docs" / "remedies.json").read_text(encoding="utf-8"))
 
 
-def test_the_table_of_remedies_is_that_of_the_recorded_runs():
-    assert all(len(runs) == 3 for runs in RESULTS["remedies"].values()), "three seeds"
-    default = RESULTS["default"]
-    rows = [remedy_row("none: plain DPO", default, "plain", "plain_captured"),
-            remedy_row("missing mass, 0.15 (the default)", default, "dpo", "captured")]
-    for weight in ("0.02", "0.05"):
-        name = f"likelihood of the chosen (RPO), {weight}"
-        rows.append(remedy_row(name, RESULTS["remedies"][name], "dpo", "captured"))
+def remedy_row(table, row):
+    """A line of a table of remedies, on held-out prompts. In the table "why" the noise of the term
+    and the share of the lost gain that is not lost come last."""
+    found = REMEDIED[table][row]
+    columns = ("gain", "wellformed", "j") + (("j_all",) if table == "beta 1" else ())
+    cells = [row.replace("stray mass, 1", "**stray mass, 1** (the default)")
+             if row.endswith("stray mass, 1") and "labels" not in row else row]
+    cells += [percent(found["held_out"][name]) for name in columns]
+    if table == "why":
+        noise = mean_and_se([sd for _, sd in found["term"]])[0] if "term" in found else None
+        cells.append("" if noise is None else f"{noise:.3f}")
+        cells.append(f"{100 * remedies.removed(REMEDIED['why'], row):.0f} %")
+    return f"| {' | '.join(cells)} |"
+
+
+def test_the_tables_of_remedies_are_those_of_the_recorded_runs():
+    """Every row of docs/remedies.json at beta 1 and in "why", in their order, from three seeds."""
+    for rows in REMEDIED.values():
+        for found in rows.values():
+            assert {len(values) for side in ("train", "held_out")
+                    for values in found[side].values()} == {3}
+    wanted = [remedy_row(table, row) for table in ("beta 1", "why") for row in REMEDIED[table]]
     shown = re.findall(r"^\| .* % ± .*$", REMEDIES, re.MULTILINE)
-    assert shown == rows, "docs/why-not-plain-dpo.md differs from docs/results.json"
-    assert f"with a weight of {TOY['norm_weight']:g}" in flowing(REMEDIES)
+    assert shown == wanted, "docs/why-not-plain-dpo.md differs from docs/remedies.json"
+    assert f"with a weight of {TOY['stray_weight']:g}" in flowing(REMEDIES)
+    assert f"gives less than {LIKELY:.0%}".replace("%", " %") in flowing(REMEDIES)
+    assert f"there are at most {1 / LIKELY:.0f}," in flowing(REMEDIES)
+
+
+def test_the_prose_about_remedies_is_that_of_the_recorded_runs():
+    def on_train(row):
+        values = REMEDIED["beta 1"][row]["train"]["j"]
+        return f"{100 * mean_and_se(values)[0]:.1f} %"
+
+    def gain(table, row, name="gain"):
+        return percent(REMEDIED[table][row]["held_out"][name])
+
+    text, default = flowing(REMEDIES), "stray mass, 1"
+    weights = [on_train(f"stray mass, {weight}") for weight in ("0.3", "1", "3")]
+    assert f"Eq. 7 alone has {on_train('nothing: plain DPO')} there" in text
+    assert (f"with the weights 0.3, 1 and 3 has {weights[0]}, {weights[1]} and {weights[2]}, and "
+            f"the missing mass has {on_train('missing mass, 0.15')}") in text
+    assert f"3 % costs J: {on_train('stray mass, 1, below 3 %')} is left" in text
+    assert (f"At β = 0.5 the default reaches {gain('beta 0.5', default)} of the gain with "
+            f"{gain('beta 0.5', default, 'wellformed')} well-formed") in text
+    assert (f"gain is {gain('why', 'missing mass, exact')} at β = 0.25, and with the estimate it "
+            f"is {gain('why', 'missing mass, 0.15')}:") in flowing(MINIATURE)
+    exact = mean_and_se(REMEDIED["why"]["exact labels, nothing added"]["held_out"]["gain"])[0]
+    assert f"with exact labels it gains {100 * exact:.1f} %, and still leaks" in text
+    for sentence in ("exact", "the grammar's probabilities", "exact, biased", "new responses",
+                     "new responses, biased"):
+        row = f"missing mass, {sentence}"
+        if row in REMEDIED["why"]:
+            share = f"{100 * remedies.removed(REMEDIED['why'], row):.0f} %"
+            assert share in text, row
+
+
+def test_the_default_runs_of_both_records_are_the_same():
+    """docs/remedies.json takes two policies from the runs that docs/results.json summarises."""
+    for row, keys in (("stray mass, 1", ("captured", "policy_wellformed")),
+                      ("nothing: plain DPO", ("plain_captured", "plain_wellformed"))):
+        for name, key in zip(("gain", "wellformed"), keys):
+            assert REMEDIED["beta 1"][row]["held_out"][name] == pytest.approx(
+                [run[key] for run in RESULTS["default"]], abs=1e-6)
 
 
 def test_the_table_of_what_leaks_is_that_of_the_recorded_runs():
@@ -400,8 +442,8 @@ def test_the_differences_from_the_paper_are_todays_defaults():
     lr, batch_size = re.search(r"AdamW, lr (\S+), batch (\d+) ", DIFFERENCES).groups()
     assert (float(lr), int(batch_size)) == (TOY["lr"], TOY["batch_size"])
     assert f"| β = {TOY['beta']:g} |" in DIFFERENCES
-    assert f"Eq. 7 + {TOY['norm_weight']:g} × missing mass" in DIFFERENCES
-    assert OWN["norm_weight"] == 0
+    assert f"Eq. 7 + {TOY['stray_weight']:g} × stray mass" in DIFFERENCES
+    assert OWN["stray_weight"] == 0
     assert f"is Eq. 7 alone with β = {OWN['beta']:g}" in flowing(DIFFERENCES)
     config = GPTConfig(block_size=64, vocab_size=data.get_tokenizer("toy").n_vocab,
                        n_layer=TOY["n_layer"], n_head=TOY["n_embd"] // 32, n_embd=TOY["n_embd"])

@@ -9,6 +9,7 @@ import torch
 import evaluate
 import support.figures
 import world
+from support import show
 from support.files import read_json, write_json
 from tools import assert_same
 
@@ -90,7 +91,7 @@ def test_a_whole_summary_by_plain_sums(tables, monkeypatch):
     assert rows["same_kl"]["kl"] == pytest.approx(rows["dpo"]["kl"], abs=1e-7)
     for row, columns in rows.items():
         for column, value in columns.items():
-            want[evaluate.summary_key(row, column)] = value
+            want[show.summary_key(row, column)] = value
 
     start = rows["reference"]["reward"]
     gain = rows["same_kl"]["reward"] - start
@@ -162,7 +163,7 @@ def test_a_report_of_a_toy_run(printed, tables, monkeypatch, capsys):
     summary = evaluate.report("DIR")
     assert summary == evaluate.toy_summary(models, BETA, "ai") | {"flags": flags}
     out = capsys.readouterr().out
-    assert evaluate.show.toy_table(summary, evaluate.summary_key) in out
+    assert show.toy_table(summary) in out
     assert "python evaluate.py DIR --prompt TEXT" in out
     torch.manual_seed(7)
     assert printed == [(models, prompt, 3, torch.rand(1).item()) for prompt in HELD_OUT[::3]]
@@ -215,4 +216,4 @@ def test_every_number_of_a_summary_has_the_name_that_the_pages_give():
              ("same_beta", "reward"): "optimal_reward_same_beta",
              ("same_beta", "objective"): "objective_optimal"}
     for (row, column), name in names.items():
-        assert evaluate.summary_key(row, column) == name
+        assert show.summary_key(row, column) == name

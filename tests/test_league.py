@@ -134,15 +134,15 @@ def test_few_labels_get_as_many_steps(run, tmp_path, monkeypatch):
 # ---- The training
 
 def test_dpo_in_the_league_is_train_pys_dpo_to_the_bit(run, tmp_path):
-    """Eq. 7 alone, and with the missing mass, which is the default run."""
+    """Eq. 7 alone, and with the stray mass, which is the default run."""
     loss, settings = some_method("dpo")
     settings = settings | {"lr": run.flags["lr"]}
-    for weight, want in ((0.0, run.models["plain"]), (0.15, run.models["dpo"])):
-        policy, stopped = league_training.fit(run, tmp_path, loss, "plain", norm_weight=weight,
+    for weight, want in ((0.0, run.models["plain"]), (1.0, run.models["dpo"])):
+        policy, stopped = league_training.fit(run, tmp_path, loss, "plain", stray_weight=weight,
                                               **settings)
         assert stopped is None
         assert fingerprint(policy) == fingerprint(want)
-        assert run.flags["norm_weight"] == 0.15
+        assert run.flags["stray_weight"] == 1
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.loss])
@@ -341,7 +341,7 @@ def test_online_pairs_come_from_the_policy_as_it_is(run, tmp_path, monkeypatch):
     monkeypatch.setattr(league_training, "new_pairs", note)
     monkeypatch.setattr(league_training.data, "collate", lambda examples, **other:
                         batches.append(examples) or collate(examples, **other))
-    monkeypatch.setattr(train, "reference_logps", lambda reference, examples, size:
+    monkeypatch.setattr(train, "reference_logps", lambda reference, examples, size, likely:
                         (torch.zeros(len(examples)), torch.zeros(len(examples))))
     loss, settings = some_method("dpo")
     league_training.fit(run, tmp_path, loss, "plain", rounds=4, **settings)

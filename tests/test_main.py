@@ -12,8 +12,9 @@ import evaluate
 import support.figures
 import train
 import world
+from losses import LIKELY
 from model import GPT, GPTConfig
-from support import checkpoints, flags
+from support import checkpoints, flags, toy_data
 from support.files import read_json
 from tools import assert_same
 
@@ -100,22 +101,24 @@ def test_the_toy_run_step_by_step(notes, tmp_path, capsys):
     assert (f"{size:,} parameters on cpu. SFT on 30 texts, then DPO on 20 pairs, beta = 0.5."
             in printed)
 
-    _, [reference, got_examples, batch_size], _ = notes[1]
+    _, [reference, got_examples, batch_size, likely], _ = notes[1]
+    assert likely.least == LIKELY
     assert bias(reference) == 1, "the reference is what SFT has made"
     assert not reference.training and not any(p.requires_grad for p in reference.parameters())
     assert got_examples == examples and batch_size == 512
 
     settings = {"beta": 0.5, "loss": "sigmoid", "label_smoothing": 0.0, "epochs": 2,
                 "batch_size": 64, "lr": 0.25, "seed": 3, "accumulate": 2}
-    remedies = {"dpo": (0.15, 0.5), "plain": (0.0, 0.0)}
+    remedies = {"dpo": (1.0, 0.5), "plain": (0.0, 0.0)}
     trainings = sorted(notes[2:4], key=lambda note: note[2]["stage"])
-    for (stage, (norm, nll)), (_, args, how) in zip(remedies.items(), trainings, strict=True):
+    for (stage, (stray, nll)), (_, args, how) in zip(remedies.items(), trainings, strict=True):
         policy, got_examples, ref_logps, _ = args
         assert bias(policy) == 1 and all(p.requires_grad for p in policy.parameters())
         assert got_examples == examples and ref_logps == "the reference's log-probabilities"
         measure, ceiling = how.pop("measure"), how.pop("ceiling")
-        assert how == {"stage": stage, "norm_weight": norm, "nll_weight": nll, **settings}
-        assert ceiling == evaluate.annotator_ceiling("human")
+        assert how.pop("likely") is likely
+        assert how == {"stage": stage, "stray_weight": stray, "nll_weight": nll, **settings}
+        assert ceiling == toy_data.ceiling("human")
         held_out = world.prompts()[1]
         ref = evaluate.exact_logps(reference, held_out)
         with torch.no_grad():
@@ -135,9 +138,9 @@ def test_the_toy_run_step_by_step(notes, tmp_path, capsys):
 
 def test_plain_dpo_alone_is_one_training(notes, tmp_path):
     """Without a remedy the main training is plain DPO. It is not run twice."""
-    run(tmp_path / "run", "--pairs", "20", "--norm-weight", "0")
+    run(tmp_path / "run", "--pairs", "20", "--stray-weight", "0")
     assert names(notes).count("train_dpo") == 1
-    run(tmp_path / "rpo", "--pairs", "20", "--norm-weight", "0", "--nll-weight", "0.5")
+    run(tmp_path / "rpo", "--pairs", "20", "--stray-weight", "0", "--nll-weight", "0.5")
     stages = [how["stage"] for name, _, how in notes if name == "train_dpo"]
     assert sorted(stages) == ["dpo", "dpo", "plain"]
 
@@ -178,7 +181,7 @@ def test_a_run_on_ones_own_pairs(notes, tmp_path, longest):
     assert model.config.block_size == 32 * math.ceil(longest / 32)
     assert how["batch_size"] == notes[1][1][2] == 5
     assert notes[2][2]["ceiling"] is None and notes[2][2]["measure"] is None
-    assert notes[2][2]["norm_weight"] == 0 and notes[2][2]["nll_weight"] == 0.5
+    assert notes[2][2]["stray_weight"] == 0 and notes[2][2]["nll_weight"] == 0.5
 
 
 def test_given_weights_can_be_the_reference(notes, tmp_path):

@@ -16,8 +16,9 @@ import data
 import rlhf
 import train
 import world
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, response_logits
 from support.files import read_jsonl
+from support.likely import LikelyTokens
 from support.machine import precision_of
 from support.run import Run
 from support.trie import exact_logps
@@ -44,6 +45,15 @@ def token_logps(model, weights, prompt, response):
     ids = torch.tensor([prompt + response])  # (1, T)
     logps = functional_call(model, weights, ids)[0].softmax(-1).log()  # (T, V)
     return torch.stack([logps[len(prompt) - 1 + i, y] for i, y in enumerate(response)])
+
+
+def likely_tokens(reference, examples, least):
+    """A LikelyTokens, filled in batches of three pairs."""
+    likely = LikelyTokens(least)
+    for i in range(0, len(examples), 3):
+        logits, _, row = response_logits(reference, **data.collate(examples[i:i + 3]))
+        likely.keep(list(range(i, i + 3))[:len(examples) - i], logits, row)
+    return likely
 
 
 class Steps:
@@ -135,15 +145,25 @@ def test_sft_is_four_steps_by_hand(toy, examples, tmp_path):
 BETA = 0.4
 OBJECTIVES = {
     "Eq. 7 alone": {},
-    "both remedies": {"norm_weight": 0.1, "nll_weight": 0.05},
+    "both remedies": {"stray_weight": 0.3, "nll_weight": 0.15},
     "conservative DPO": {"loss": "cdpo", "label_smoothing": 0.2},
     "conservative DPO that trusts the labels": {"loss": "cdpo"},
 }
 
 
-def by_hand(gpt, weights, ref, examples, norm_weight=0, nll_weight=0, loss="", label_smoothing=0):
+def stray(model, weights, ref, least, prompt, response):
+    """The policy's probability of the next tokens to which ref gives less than `least`, at each
+    token of a response, summed over them."""
+    ids = torch.tensor([prompt + response])  # (1, T)
+    p, q = [functional_call(model, w, ids)[0].softmax(-1) for w in (weights, ref)]  # (T, V) each
+    return sum((p[t] * (q[t] < least)).sum()
+               for t in range(len(prompt) - 1, len(prompt) + len(response) - 1))
+
+
+def by_hand(gpt, weights, ref, examples, least, stray_weight=0, nll_weight=0, loss="",
+            label_smoothing=0):
     """What is minimised over some pairs, and a dict of all that is logged of it, by the formulas:
-    Eq. 7 with a share of flipped labels, + norm_weight x missing mass - nll_weight x log pi(y_w|x).
+    Eq. 7 with a share of flipped labels, + stray_weight x stray mass - nll_weight x log pi(y_w|x).
     """
     rows = []
     for e in examples:
@@ -155,13 +175,14 @@ def by_hand(gpt, weights, ref, examples, norm_weight=0, nll_weight=0, loss="", l
         rows.append({
             "loss": (1 - label_smoothing) * torch.log1p((reward_l - reward_w).exp())
             + label_smoothing * torch.log1p((reward_w - reward_l).exp()),
-            "missing_mass": 1 - ((w - ref_w).exp() + (l - ref_l).exp()) / 2,
+            "stray_mass": sum(stray(gpt, weights, ref, least, e.prompt, y)
+                              for y in (e.chosen, e.rejected)) / 2,
             "rewards/chosen": reward_w, "rewards/rejected": reward_l,
             "rewards/margins": reward_w - reward_l,
             "rewards/accuracies": 0.5 + 0.5 * torch.sign(reward_w - reward_l),
             "logps/chosen": w, "logps/rejected": l})
     mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-    total = mean["loss"] + norm_weight * mean["missing_mass"] - nll_weight * mean["logps/chosen"]
+    total = mean["loss"] + stray_weight * mean["stray_mass"] - nll_weight * mean["logps/chosen"]
     return total, mean
 
 
@@ -192,8 +213,10 @@ def test_dpo_is_six_steps_by_hand(toy, examples, tmp_path, objective):
     watched = {"ceiling": 0.75, "measure": measure, "measure_at": (0, 0.5, 1)}
     if objective == "Eq. 7 alone":
         watched = {}
-    train.train_dpo(policy.train(), examples, (chosen, rejected), Run(tmp_path), beta=BETA,
-                    epochs=2, batch_size=4, lr=0.002, seed=1, **settings, **watched)
+    least = 1 / reference.config.vocab_size  # an untrained model finds about half of them likelier
+    likely = likely_tokens(reference, examples, least)
+    train.train_dpo(policy.train(), examples, (chosen, rejected), Run(tmp_path), likely=likely,
+                    beta=BETA, epochs=2, batch_size=4, lr=0.002, seed=1, **settings, **watched)
 
     means, path = [], []
 
@@ -201,7 +224,7 @@ def test_dpo_is_six_steps_by_hand(toy, examples, tmp_path, objective):
         def loss(weights):
             path.append(weights)
             some = [examples[i] for i in indices]
-            total, mean = by_hand(reference, weights, ref, some, **settings)
+            total, mean = by_hand(reference, weights, ref, some, least, **settings)
             means.append({name: value.item() for name, value in mean.items()})
             return total
         return loss
@@ -274,15 +297,27 @@ def test_a_pair_without_a_margin_is_half_right(toy, examples, tmp_path):
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_a_missing_mass_without_a_weight_cannot_spoil_the_loss(toy, examples, tmp_path):
-    """Far from the reference pi/ref overflows. Eq. 7 alone does not look at it: 0 x infinity, which
-    is no number, must not be added."""
+def test_a_weight_of_the_stray_mass_is_not_ignored(toy, examples, tmp_path):
+    """What the reference finds likely must be there. Or the training would be plain DPO."""
     gpt, _ = toy
-    far = torch.full((10,), -1e4, dtype=torch.float64)
-    train.train_dpo(gpt, examples, (far, far), Run(tmp_path), beta=BETA, epochs=1, batch_size=10,
-                    lr=1e-3, seed=0)
-    first = read_jsonl(tmp_path / "metrics.jsonl")[0]
-    assert math.isinf(first["missing_mass"]) and math.isfinite(first["loss"])
+    some = torch.zeros(10, dtype=torch.float64)
+    with pytest.raises(ValueError, match="stray_weight needs `likely`"):
+        train.train_dpo(gpt, examples, (some, some), Run(tmp_path), stray_weight=1.0, beta=BETA,
+                        epochs=1, batch_size=10, lr=1e-3, seed=0)
+
+
+def test_likely_tokens_are_those_of_the_reference(toy, examples):
+    """They were kept in batches of 3. Here come the pairs 7, 2 and 9: chosen, then rejected, each
+    token to which a forward of its text alone gives at least 1/V."""
+    gpt, tokenizer = toy
+    least = 1 / tokenizer.n_vocab
+    likely = likely_tokens(gpt, examples, least)
+    some, want = [examples[i] for i in (7, 2, 9)], []
+    for e, response in [(e, e.chosen) for e in some] + [(e, e.rejected) for e in some]:
+        p = gpt(torch.tensor([e.prompt + response]))[0].softmax(-1)  # (T, V)
+        want.append(p[len(e.prompt) - 1:-1] >= least)
+    assert 0.2 < torch.cat(want).double().mean() < 0.8, "or a constant mask would do"
+    assert torch.equal(likely.mask([7, 2, 9]), torch.cat(want))
 
 
 # ---- RLHF

@@ -17,9 +17,10 @@ import train
 import world
 from dpo import pair_logps
 from model import GPT, GPTConfig
-from support import show
+from support import show, toy_data
 from support.checkpoints import load_model, save_model
 from support.files import read_jsonl
+from support.likely import LikelyTokens
 from support.run import Run, load_run
 
 pytestmark = pytest.mark.slow
@@ -77,7 +78,7 @@ def test_the_summary_holds_every_number_once(small_run):
     must agree: J of the reference is its reward, since its KL is 0; the optimum at DPO's KL has
     DPO's KL; a policy of well-formed text alone has a well-formed mass of 1."""
     summary = summary_of(small_run)
-    cells = [evaluate.summary_key(row, column) for row in ROWS for column in COLUMNS]
+    cells = [show.summary_key(row, column) for row in ROWS for column in COLUMNS]
     assert len(set(cells)) == len(ROWS) * len(COLUMNS), "two cells share a name"
     assert summary.keys() == {*cells, *BESIDE_THE_TABLE, "flags"}
     numbers = {key: value for key, value in summary.items() if key != "flags"}
@@ -96,7 +97,7 @@ def test_a_summary_without_plain_dpo_has_no_row_for_it(small_run):
     summary = evaluate.toy_summary(models, 1.0)
     assert summary.keys() == {key for key in summary_of(small_run) if "plain" not in key} - {
         "flags", "seconds"}
-    assert "lain DPO" not in show.toy_table(summary, evaluate.summary_key)
+    assert "lain DPO" not in show.toy_table(summary)
 
 
 @pytest.mark.parametrize("stage", ["plain", "dpo"])
@@ -107,7 +108,7 @@ def test_first_dpo_loss_is_ln2(small_run, stage):
     assert first["step"] == 0
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6), \
         "is the reference in another mode, or is it another model?"
-    assert abs(first["rewards/margins"]) < 1e-5 and abs(first["missing_mass"]) < 1e-5
+    assert abs(first["rewards/margins"]) < 1e-5
     exact = lines(small_run, stage, "wellformed")[0]
     assert exact["step"] == 0
     assert abs(exact["kl"]) < 1e-9, "the measurement of step 0 was made after an update"
@@ -116,7 +117,7 @@ def test_first_dpo_loss_is_ln2(small_run, stage):
 def test_metrics_have_their_glossary_names(small_run):
     keys = {"loss", "rewards/chosen", "rewards/rejected", "rewards/margins",
             "rewards/accuracies", "rewards/ceiling", "logps/chosen", "logps/rejected",
-            "grad_norm", "lr", "pairs_per_second", "missing_mass"}
+            "grad_norm", "lr", "pairs_per_second", "stray_mass"}
     for row in lines(small_run, "dpo"):
         assert keys <= row.keys()
         difference = row["rewards/chosen"] - row["rewards/rejected"]
@@ -132,7 +133,7 @@ def test_the_policy_is_measured_on_its_way(small_run):
         last = lines(small_run, stage, "wellformed")[-1]
         row = "dpo" if stage == "dpo" else "plain"
         for column in COLUMNS:
-            want = summary_of(small_run)[evaluate.summary_key(row, column)]
+            want = summary_of(small_run)[show.summary_key(row, column)]
             assert last[column] == pytest.approx(want, rel=1e-6), column
 
 
@@ -140,7 +141,7 @@ def test_the_ceiling_beside_the_accuracy_is_the_annotators_own(small_run):
     """For each annotator, the share of 40,000 labels that agree with its score, within 4 standard
     errors."""
     logged = lines(small_run, "dpo")[0]["rewards/ceiling"]
-    assert logged == pytest.approx(evaluate.annotator_ceiling("human"), abs=1e-6)
+    assert logged == pytest.approx(toy_data.ceiling("human"), abs=1e-6)
     for name, score in world.ANNOTATORS.items():
         differences = []
         for pair in data.make_preferences(40000, name, seed=2):
@@ -149,7 +150,7 @@ def test_the_ceiling_beside_the_accuracy_is_the_annotators_own(small_run):
         difference = torch.tensor(differences)
         tie = difference.abs() <= 1e-9
         agrees = ((difference > 1e-9) + 0.5 * tie).mean().item()
-        error = abs(agrees - evaluate.annotator_ceiling(name))
+        error = abs(agrees - toy_data.ceiling(name))
         assert error < 4 * 0.5 / 40000 ** 0.5, name
 
 
@@ -296,12 +297,14 @@ def test_reference_logps_belong_to_their_examples(tiny):
 def test_training_is_offline_and_leaves_the_reference_alone(tiny, tmp_path, monkeypatch):
     """No sample is drawn. No weight of the reference moves or is shared. The policy does move."""
     reference, policy, examples, ref_logps = tiny
+    likely = LikelyTokens(0.02)
+    train.reference_logps(reference, examples, 7, likely)
 
     def no_samples(*args, **kwargs):
         pytest.fail("DPO is offline: training must not sample")
     monkeypatch.setattr(GPT, "generate", no_samples)
     before = copy.deepcopy(reference.state_dict())
-    train_in(tmp_path, policy, examples, ref_logps, norm_weight=0.1)
+    train_in(tmp_path, policy, examples, ref_logps, likely=likely, stray_weight=0.1)
     for name, weight in reference.state_dict().items():
         assert torch.equal(weight, before[name]), name
     in_reference = {p.data_ptr() for p in reference.parameters()}
@@ -376,8 +379,10 @@ def test_accuracy_ranks_implicit_rewards_and_counts_ties_half(tiny, tmp_path):
 def test_eight_parts_of_one_are_one_batch_of_eight(tiny, tmp_path, weights, monkeypatch):
     """Claim 46, in the trainer, with and without the two extra terms. The first step's gradient in
     1, 3 and 8 parts is compared entry by entry, to 1e-6 of the largest."""
-    _, policy, examples, ref_logps = tiny
-    norm_weight, nll_weight = weights
+    reference, policy, examples, ref_logps = tiny
+    stray_weight, nll_weight = weights
+    likely = LikelyTokens(0.02)
+    train.reference_logps(reference, examples, 7, likely)
     clip, gradients = train.clip_grad_norm_, []
 
     def record(parameters, limit):
@@ -389,7 +394,7 @@ def test_eight_parts_of_one_are_one_batch_of_eight(tiny, tmp_path, weights, monk
     for parts in (1, 8, 3):  # 3: parts of 3, 3 and 2
         gradients.clear()
         train_in(tmp_path / str(parts), copy.deepcopy(policy), examples, ref_logps,
-                 accumulate=parts, norm_weight=norm_weight, nll_weight=nll_weight)
+                 accumulate=parts, likely=likely, stray_weight=stray_weight, nll_weight=nll_weight)
         first.append(gradients[0].clone())
     largest = first[0].abs().max()
     assert largest > 0.1
