@@ -18,11 +18,13 @@ import data
 import evaluate
 import train
 import world
+from conftest import ROOT
 from lab import league, league_methods, league_training, more_losses, work
 from lab.finished import Finished
 from lab.league_methods import CONDITIONS, METHODS, TOLD
 from support.checkpoints import fingerprint
 from support.files import read_json, read_jsonl, write_json
+from support.statistics import mean_and_se
 from tools import assert_same
 
 
@@ -601,3 +603,63 @@ def test_runs_that_are_no_seeds_of_one_run_are_refused(small_run, tmp_path):
     write_json(flags | {"beta": 0.5}, other / "flags.json")
     with pytest.raises(SystemExit, match="beta = 0.5: the settings of the league are made for"):
         league.main([str(other)])
+
+
+# ---- The page
+
+PAGE = (ROOT / "docs" / "league.md").read_text(encoding="utf-8")
+RECORDED = read_json(ROOT / "docs" / "league.json")
+
+
+def over_seeds(name, column, condition="plain"):
+    return mean_and_se([row[column] for row in RECORDED["results"][condition][name]])
+
+
+def test_the_table_of_the_page_is_the_recorded_league():
+    """All methods, the largest J first, three seeds each. The settings are those of today."""
+    rows = RECORDED["results"]["plain"]
+    assert rows.keys() == METHODS.keys() and RECORDED["seeds"] == [0, 1, 2]
+    columns = {"of_optimum": (1, 100), "captured": (1, 100), "kl": (2, 1), "wellformed": (1, 100),
+               "to_optimum": (3, 1), "chosen": (2, 1), "seconds": (0, 1)}
+    wanted = []
+    for name in sorted(rows, key=lambda name: -over_seeds(name, "of_optimum")[0]):
+        cells = [METHODS[name].title]
+        for column, (digits, scale) in columns.items():
+            mean, error = [scale * value for value in over_seeds(name, column)]
+            cells.append(f"{mean:.{digits}f} ± {error:.{digits}f}")
+        wanted.append(f"| {' | '.join(cells)} |")
+    shown = [line for line in PAGE.splitlines() if line.startswith("| ") and " ± " in line]
+    assert shown == wanted
+    for name, method in METHODS.items():
+        assert [settings for settings, _ in RECORDED["tuned"][name]] == method.grid, name
+
+
+def test_what_the_page_says_in_words_holds():
+    """Its sentences about groups of methods, on the recorded means."""
+    j = {name: 100 * over_seeds(name, "of_optimum")[0] for name in METHODS}
+    share = {name: 100 * over_seeds(name, "captured")[0] for name in METHODS}
+    mass = {name: 100 * over_seeds(name, "wellformed")[0] for name in METHODS}
+    kl = {name: over_seeds(name, "kl")[0] for name in METHODS}
+    of_kind = {kind: [name for name, method in METHODS.items() if method.kind == kind]
+               for kind in league.KINDS}
+    assert j["dpo"] > max(j.values()) - 0.3, "DPO is among the first"
+    for name in ("ipo", "exo_pair", "robust", "cdpo", "hinge", "sigmoid_norm"):
+        assert j["dpo"] - 2 < j[name] <= j["dpo"] and 97 < share[name] < 98.5, name
+    assert all(mass[name] < 90 for name in of_kind["difference"])
+    assert mass["stray"] > 99 and j["stray"] > j["dpo"] - 0.3, "at no loss of J"
+    for name in ("rpo", "dpop", "tdpo2"):
+        assert mass[name] < mass["stray"] - 2, name
+    assert all(mass[name] > 96 for name in of_kind["levels"])
+    levels = sorted(of_kind["levels"], key=lambda name: j[name])
+    assert set(levels[:2]) == {"kto", "apo_zero"} and levels[-1] == "bco_pair"
+    assert j["kto"] == pytest.approx(j["apo_zero"], abs=0.5), "one loss"
+    assert all(j[name] < 90 for name in of_kind["alone"])
+    assert all((mass[name] > 98) == (name != "simpo") for name in of_kind["alone"])
+    assert mass["online"] == max(mass.values())
+    assert 1 < j["dpo"] - j["online"] < 3 and abs(j["ppo"] - j["online"]) < 0.5
+    far = [row["of_optimum"] for row in RECORDED["results"]["plain"]["reinforce"]]
+    assert sum(value < 0.6 for value in far) == 1, "one seed of three"
+    assert mass["tr_dpo"] < 75 and 1.5 < j["dpo"] - j["tr_dpo"] < 2.7
+    assert mass["chi_po"] == min(mass.values()) < 10 and j["chi_po"] > j["dpo"] - 1
+    assert kl["simpo"] > 1.4 and sorted(kl, key=kl.get)[-2:] == ["simpo", "aot"]
+    assert 45 < j["aot"] < 55, "half of J"
