@@ -577,6 +577,127 @@ def exercise_6_4(culprit):
         }, what="The place of the token")
 
 
+# ---- 07 The reference policy, and what goes wrong
+
+@check
+def exercise_7_1(stray_mass):
+    """stray_mass(policy_probs, ref_probs, least): what the policy gives to unlikely tokens. (N,)
+
+    policy_probs, ref_probs (N, V). Unlikely is what the reference gives less than `least`.
+    """
+    policy = vector(0.1, 0.3, 0.2, 0.4, 0.55, 0.05, 0.15, 0.25).view(2, 4)
+    ref = vector(0.6, 0.25, 0.1, 0.05, 0.05, 0.3, 0.25, 0.4).view(2, 4)
+    for least in (0.25, 0.5):
+        likely = ref >= least  # (2, 4)
+        kept = torch.where(likely, policy, 0.0)  # (2, 4)
+        want = (policy - kept).sum(-1)  # (2,)
+        assert_same(ask(stray_mass, policy, ref, least), want, 1e-9, {
+            "That is the mass on the likely tokens. Return the rest.": kept.sum(-1),
+            "The policy decides there what is unlikely. The reference has to decide.":
+                torch.where(policy < least, policy, 0.0).sum(-1),
+            "That is the reference's own mass on its unlikely tokens. Add up the policy's.":
+                torch.where(likely, 0.0, ref).sum(-1),
+            "That is how many tokens are unlikely. Add up their probabilities.":
+                (~likely).double().sum(-1),
+            "That is a mean over the vocabulary. Take the sum.": (policy - kept).mean(-1),
+            "That is one number for all beginnings. Return one for each.": [want.sum(),
+                                                                            want.mean()],
+            "A token to which the reference gives exactly `least` is likely.":
+                torch.where(ref <= least, policy, 0.0).sum(-1),
+        }, what=f"The stray mass for least = {least:g}")
+
+
+@check
+def exercise_7_2(chosen_change):
+    """chosen_change(ref_logps, reward, beta): E[log pi*(y_w) - log ref(y_w)], pairs from ref."""
+    ref, reward = small_world(6)
+    preference = torch.sigmoid(reward[:, None] - reward[None, :])  # (5, 5)
+    won = 2 * ref.exp() * (preference @ ref.exp())  # (5,): p_w
+    lost = 2 * ref.exp() * (preference.T @ ref.exp())  # (5,): p_l
+    for beta in (0.5, 2.0):
+        unnormalised = reward / beta  # (5,)
+        change = unnormalised - (ref + unnormalised).logsumexp(-1)  # (5,): log pi*/ref
+        want = (won * change).sum()
+        assert_same(ask_number(chosen_change, ref, reward, beta), want, 1e-9, {
+            "log Z is missing: pi* has to sum to 1.": (won * unnormalised).sum(),
+            "beta is missing: exp(r / beta).":
+                (won * (reward - (ref + reward).logsumexp(-1))).sum(),
+            "That is the mean over the reference. A chosen response is drawn more often where it "
+            "is good: use preferred_ft.": (ref.exp() * change).sum(),
+            "That is the mean over pi*, which is its KL. The pairs come from the reference.":
+                ((ref + change).exp() * change).sum(),
+            "That is the change of the rejected responses.": (lost * change).sum(),
+            "The sign is flipped: the policy minus the reference.": -want,
+            "That is a change of the reward. Leave out the beta in front.": beta * want,
+            "That is log pi*. Subtract log ref.": (won * (ref + change)).sum(),
+            "Return one number: the mean over the chosen responses.": change,
+        }, what=f"The change at beta = {beta:g}")
+
+
+@check
+def exercise_7_3(distance):
+    """distance(ref_logps, other_logps, reward, beta): KL(target of DPO with `other` || ref)."""
+    ref, reward = small_world(7)
+    other, _ = small_world(8)
+
+    def target(reference, beta):
+        unnormalised = reference + reward / beta  # (5,)
+        return unnormalised - unnormalised.logsumexp(-1)  # (5,)
+
+    def kl(p, q):
+        return (p.exp() * (p - q)).sum()
+
+    for beta in (0.5, 2.0):
+        aim = target(other, beta)  # (5,)
+        assert_same(ask_number(distance, ref, other, reward, beta), kl(aim, ref), 1e-9, {
+            "That is the KL to the other reference. How far is it from the original one?":
+                kl(aim, other),
+            "The other reference has no effect there. It stands in the target.":
+                kl(target(ref, beta), ref),
+            "The original reference stands in the target, and the other one in the KL. It is the "
+            "other way round.": kl(target(ref, beta), other),
+            "That is KL(ref || target). The expectation is under the target.": kl(ref, aim),
+            "The reward has no effect there: that is the KL between the two references.":
+                [kl(other, ref), kl(ref, other)],
+            "beta is missing: exp(r / beta).": kl(target(other, 1.0), ref),
+            "beta stands the wrong way round: exp(r / beta).": kl(target(other, 1 / beta), ref),
+            "The target does not sum to 1. Subtract log Z.":
+                kl(other + reward / beta, ref),
+            "That is beta times the KL. Return the KL, in nats.": beta * kl(aim, ref),
+        }, what=f"The KL at beta = {beta:g}")
+
+
+@check
+def exercise_7_4(best_of_n):
+    """best_of_n(n, proxy, worth): the expected worth of the draw that the proxy likes best.
+
+    n draws, with replacement, from N samples: proxy (N,), worth (N,).
+    """
+    proxy = vector(0.3, -1.0, 2.0, 1.2, -0.4)
+    worth = vector(1.0, 0.0, -3.0, 2.5, 0.5)
+
+    def by(key, n, of):
+        order = key.argsort()  # from the lowest to the highest
+        k = torch.arange(1, 6).double() / 5
+        return ((k ** n - (k - 0.2) ** n) * of[order]).sum()
+
+    for n in (1, 2, 3):
+        known = {} if n == 1 else {
+            "The worth decides there which draw is kept. The proxy has to decide.":
+                by(worth, n, worth),
+            "That is the proxy of the kept draw. Return its worth.": by(proxy, n, proxy),
+            "The worst of the draws is kept. Keep the one with the highest proxy.":
+                by(-proxy, n, worth),
+            "n has no effect there: that is the mean of all samples.": worth.mean(),
+            "The samples are not sorted by the proxy.":
+                by(torch.arange(5).double(), n, worth),
+            "That is the worth of the best sample of all. It is not among every n draws.":
+                worth[proxy.argmax()],
+        }
+        assert_same(ask_number(best_of_n, n, proxy, worth), by(proxy, n, worth), 1e-6, known,
+                    what=f"The worth of the best of {n}")
+
+
 # ---- 08 Find the bug
 
 def diagnose(number, answer, patient):

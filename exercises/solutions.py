@@ -131,6 +131,28 @@ def culprit(values):
     return values.diff().argmin()
 
 
+# ---- 07 The reference policy, and what goes wrong
+
+def stray_mass(policy_probs, ref_probs, least):
+    return torch.where(ref_probs < least, policy_probs, 0.0).sum(-1)  # (N,)
+
+
+def chosen_change(ref_logps, reward, beta):
+    chosen = tabular.preferred_ft(ref_logps, tabular.preferences(reward)).exp()  # (N,)
+    change = world.optimal_policy(ref_logps, reward, beta) - ref_logps  # (N,)
+    return (chosen * change).sum()
+
+
+def distance(ref_logps, other_logps, reward, beta):
+    return world.kl(world.optimal_policy(other_logps, reward, beta), ref_logps)
+
+
+def best_of_n(n, proxy, worth):
+    k = torch.arange(len(proxy) + 1).double() / len(proxy)  # (N+1,)
+    # the best of n draws is among the k lowest with the probability (k/N)^n
+    return ((k ** n).diff() * worth[proxy.argsort()]).sum()
+
+
 # ---- 08 Find the bug: the functions that the bugs are in
 
 PATIENTS = {"A": "data.collate", "B": "data.pad", "C": "model.GPT.hidden",

@@ -1,6 +1,7 @@
 """The notebooks run top to bottom without an error or a warning. Their claims hold for the seed at
 hand. They are committed as they were executed. The checks of their exercises know a solution from
 a stub and from a likely mistake."""
+import itertools
 import json
 import re
 
@@ -137,6 +138,22 @@ def one_sweep(drawn):
         if any(drawn[i, y] > 0 for i in tied):
             tied.append(y)
     return [y for y in range(len(drawn)) if y not in tied]
+
+
+def rejected_change(ref, reward, beta):
+    """7.2 for the rejected responses."""
+    lost = tabular.preferred_ft(ref, tabular.preferences(reward).T).exp()
+    return (lost * (world.optimal_policy(ref, reward, beta) - ref)).sum()
+
+
+def without_log_z(ref, reward, beta):
+    """7.2 with a pi* that does not sum to 1."""
+    return (tabular.preferred_ft(ref, tabular.preferences(reward)).exp() * reward / beta).sum()
+
+
+def mean_over_the_reference(ref, reward, beta):
+    """7.2 without the annotator."""
+    return (ref.exp() * (world.optimal_policy(ref, reward, beta) - ref)).sum()
 
 
 EXERCISES = {
@@ -289,6 +306,49 @@ EXERCISES = {
         "off by one": lambda values: values.diff().argmin() + 1,
         "the value rises most": lambda values: values.diff().argmax(),
         "how much is lost": lambda values: values.diff().min()}),
+    "7_1": (solutions.stray_mass, {
+        "the mass on the likely": lambda p, q, least: (p * (q >= least)).sum(-1),
+        "The reference has to decide": lambda p, q, least: solutions.stray_mass(p, p, least),
+        "the reference's own mass": lambda p, q, least: solutions.stray_mass(q, q, least),
+        "how many tokens are unlikely": lambda p, q, least: (q < least).double().sum(-1),
+        "a mean over the vocabulary": lambda p, q, least: (p * (q < least)).mean(-1),
+        "one number for all beginnings": lambda p, q, least: (p * (q < least)).sum(),
+        "exactly `least` is likely": lambda p, q, least: (p * (q <= least)).sum(-1)}),
+    "7_2": (solutions.chosen_change, {
+        "log Z is missing": without_log_z,
+        "beta is missing": lambda q, r, beta: solutions.chosen_change(q, r, 1.0),
+        "use preferred_ft": mean_over_the_reference,
+        "the mean over pi*":
+            lambda q, r, beta: world.kl(world.optimal_policy(q, r, beta), q),
+        "the rejected responses": rejected_change,
+        "The sign is flipped": lambda q, r, beta: -solutions.chosen_change(q, r, beta),
+        "the beta in front": lambda q, r, beta: beta * solutions.chosen_change(q, r, beta),
+        "Return one number": lambda q, r, beta: world.optimal_policy(q, r, beta) - q}),
+    "7_3": (solutions.distance, {
+        "the KL to the other reference":
+            lambda q, other, r, beta: solutions.distance(other, other, r, beta),
+        "has no effect there. It stands":
+            lambda q, other, r, beta: solutions.distance(q, q, r, beta),
+        "the other way round": lambda q, other, r, beta: solutions.distance(other, q, r, beta),
+        "The expectation is under the target":
+            lambda q, other, r, beta: world.kl(q, world.optimal_policy(other, r, beta)),
+        "between the two references": lambda q, other, r, beta: world.kl(other, q),
+        "beta is missing": lambda q, other, r, beta: solutions.distance(q, other, r, 1.0),
+        "the wrong way round":
+            lambda q, other, r, beta: solutions.distance(q, other, r, 1 / beta),
+        "does not sum to 1": lambda q, other, r, beta: world.kl(other + r / beta, q),
+        "beta times the KL":
+            lambda q, other, r, beta: beta * solutions.distance(q, other, r, beta)}),
+    "7_4": (solutions.best_of_n, {
+        "The proxy has to decide": lambda n, proxy, w: solutions.best_of_n(n, w, w),
+        "Return its worth":
+            lambda n, proxy, w: solutions.best_of_n(n, proxy, proxy if n > 1 else w),
+        "The worst of the draws": lambda n, proxy, w: solutions.best_of_n(n, -proxy, w),
+        "n has no effect": lambda n, proxy, w: w.mean(),
+        "not sorted by the proxy":
+            lambda n, proxy, w: solutions.best_of_n(n, torch.arange(len(w)), w),
+        "the best sample of all":
+            lambda n, proxy, w: w[proxy.argmax()] if n > 1 else w.mean()}),
     "8_1": (solutions.PATIENTS["A"], {
         "the right file": "data.pad", "so is all of its file": "train.train_dpo",
         "write the name of a function": "collate"}),
@@ -379,3 +439,31 @@ def test_the_solutions_of_notebook_5_by_another_way():
     left = ((after - star) @ slowest) / 1e-7
     assert_same(left, solutions.contraction(weights_at_star, beta, eta), 1e-6,
                 what="what a step leaves")
+
+
+def test_the_solutions_of_notebook_7_by_another_way():
+    """The stray mass is losses.stray_mass of logits. The change of the chosen responses and the
+    best of n are means over every pair and every draw, listed one by one."""
+    p, q = torch.rand(3, 6, dtype=torch.float64), torch.rand(3, 6, dtype=torch.float64)
+    p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
+    assert_same(solutions.stray_mass(p, q, 0.15), losses.stray_mass(p.log(), q >= 0.15), 1e-12,
+                what="the stray mass")
+
+    ref, reward = checks.small_world(6)
+    change, total = world.optimal_policy(ref, reward, 0.7) - ref, 0.0
+    for i, j in itertools.product(range(5), repeat=2):  # i and j are drawn, and one is chosen
+        i_wins = torch.sigmoid(reward[i] - reward[j])
+        total += (ref[i] + ref[j]).exp() * (i_wins * change[i] + (1 - i_wins) * change[j])
+    assert_same(solutions.chosen_change(ref, reward, 0.7), total, 1e-12, what="the change")
+
+    proxy, worth = torch.randn(2, 5, dtype=torch.float64)
+    kept = [worth[max(draws, key=lambda k: proxy[k])]
+            for draws in itertools.product(range(5), repeat=3)]
+    assert_same(solutions.best_of_n(3, proxy, worth), sum(kept) / len(kept), 1e-12,
+                what="the best of 3")
+
+    other, _ = checks.small_world(8)
+    weights = other.exp() * (reward / 0.7).exp()
+    weights = weights / weights.sum()
+    want = (weights * (weights / ref.exp()).log()).sum()
+    assert_same(solutions.distance(ref, other, reward, 0.7), want, 1e-12, what="the KL")
