@@ -27,6 +27,7 @@ from lab import (
     leak,
     paper,
     remedies,
+    systems,
     tables,
 )
 from model import GPT, GPTConfig, sequence_logps
@@ -39,7 +40,7 @@ COMMANDS = {"train.py": train.main, "evaluate.py": evaluate.main, "rlhf.py": rlh
             "lab/compare.py": compare.main, "lab/doubling.py": doubling.main,
             "lab/export.py": export.main, "lab/leak.py": leak.main,
             "lab/league.py": league.main, "lab/paper.py": paper.main,
-            "lab/remedies.py": remedies.main,
+            "lab/remedies.py": remedies.main, "lab/systems.py": systems.main,
             "lab/tables.py": tables.main,
             "exercises/find_the_bug.py": find_the_bug.main,
             "exercises/grade_class.py": grade_class.main, "exercises/grading.py": grading.main}
@@ -210,6 +211,12 @@ OTHERS = {
         ("begun", "begun holds no finished run (no dpo.pt)"),
         ("own", "own was trained with --data; this needs the toy world"),
     ],
+    "lab/systems.py": [
+        ("", "the following arguments are required: DIR"),
+        ("absent", "absent holds no finished run (no flags.json)"),
+        ("begun --done", "begun holds no finished run (no dpo.pt)"),
+        ("own", "own was trained with --data; this needs the toy world"),
+    ],
     "lab/tables.py": [("out/toy", "unrecognized arguments: out/toy")],
     "exercises/find_the_bug.py": [
         ("0", "there is no bug 0; they are numbered 1 to"),
@@ -242,7 +249,7 @@ OTHERS = {
     "exercises/grading.py": [("mine.py", "unrecognized arguments: mine.py")],
 }
 # these take no value, and fit every other flag
-NEVER_WRONG = {"--help", "--resume", "--recompute", "--gradescope", "--record"}
+NEVER_WRONG = {"--help", "--resume", "--recompute", "--gradescope", "--record", "--done"}
 
 
 @pytest.fixture
