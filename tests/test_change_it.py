@@ -326,7 +326,8 @@ def test_a_claim_with_its_proof(project):
     assert "test_the_table_of_claims_is_that_of_the_tests" in printed
     [test] = re.findall(r"^\+def (test_\w+)", section("A claim with its proof"), re.M)
     add_row(project, f"| 47 | the gain in reward is β times both KLs | "
-                     f"[`{test}`](../tests/test_1_optimum.py) | Eq. 4 | 07 |")
+                     f"[`{test}`](../tests/test_1_optimum.py) | Eq. 4 | "
+                    "[01](../notebooks/01_the_rlhf_objective_and_its_optimum.ipynb) |")
     assert "4 passed" in run(words, project)
 
 
