@@ -96,7 +96,7 @@ def missing_mass(policy_logps, ref_logps):
     return 1 - (policy_logps - ref_logps).exp().mean()
 
 
-LIKELY = 0.01  # a tenth of it sees less of the leak, three times as much costs reward
+LIKELY = 0.01  # with 0.001 it sees less of the leak, with 0.03 it costs reward
 
 
 def stray_mass(logits, likely):

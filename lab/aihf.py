@@ -96,7 +96,7 @@ def fit_demonstrations(run, folder, texts):
     record = Run(folder / "demonstrations")
     record.state.unlink(missing_ok=True)
     train.train_sft(policy, texts, record, epochs=epochs_for(len(texts), size),
-                       batch_size=size, lr=run.flags["lr"], seed=run.seed)
+                    batch_size=size, lr=run.flags["lr"], seed=run.seed)
     return policy.eval()
 
 

@@ -320,8 +320,13 @@ def bmc_logps(token_logps, response_mask, changed, delta=2.0):
     reference has weights of its own, as in the authors' trainer. https://arxiv.org/abs/2408.07471.
     """
     check_shapes(token_logps, response_mask=response_mask, changed=changed)
-    v = 1 + changed.bool() * (-token_logps.detach()).exp().clamp(max=delta)  # (B, T)
+    v = bmc_weights(token_logps, changed, delta)  # (B, T)
     return torch.where(response_mask.bool(), v * token_logps, 0.0).sum(-1)  # (B,)
+
+
+def bmc_weights(token_logps, changed, delta):
+    """1 + min(1/pi, delta) where a token is changed, else 1. It carries no gradient. (...)"""
+    return 1 + changed.bool() * (-token_logps.detach()).exp().clamp(max=delta)  # (...)
 
 
 # ---- The league

@@ -13,6 +13,7 @@ import train
 import world
 from dpo import dpo_loss
 from lab.league_training import changed
+from lab.more_losses import bmc_weights
 from losses import LIKELY, stray_mass
 from model import response_logits
 from support.likely import LikelyTokens
@@ -95,11 +96,10 @@ def marks_of(examples):
 
 def weighted_sums(logits, targets, row, examples, delta):
     """log pi(y|x), chosen and rejected, (2B,), from what `response_logits` returns. With a delta,
-    a token counts as BMC weighs it, see more_losses.bmc_logps. With None it counts once."""
+    a token counts as BMC weighs it, see more_losses.bmc_weights. With None it counts once."""
     logps = -F.cross_entropy(logits, targets, reduction="none")  # (N,)
     if delta is not None:
-        confidence = (-logps.detach()).exp().clamp(max=delta)  # (N,): min(1/pi, delta)
-        logps = (1 + marks_of(examples) * confidence) * logps  # (N,)
+        logps = bmc_weights(logps, marks_of(examples), delta) * logps  # (N,)
     return logps.new_zeros(2 * len(examples)).index_add(0, row, logps)
 
 
