@@ -40,8 +40,7 @@ def draw(logps, prompt, generator):
 
 def make_sft_corpus(n, seed):
     """n texts of the grammar for the train prompts, in turn: a list of (prompt, response)."""
-    train, _ = world.prompts()
-    texts = world.responses()
+    train, texts = world.prompts()[0], world.responses()
     prompt = torch.arange(n) % len(train)  # (n,)
     generator = torch.Generator().manual_seed(seed)
     which = draw(world.grammar_logps(train), prompt, generator)  # (n,)
@@ -67,10 +66,8 @@ def make_preferences(n, annotator="human", seed=0):
     first_wins = torch.rand(n, generator=generator, dtype=torch.float64) < p_first
     chosen = torch.where(first_wins, first, second)
     rejected = torch.where(first_wins, second, first)
-    pairs = []
-    for i, (x, w, l) in enumerate(torch.stack([prompt, chosen, rejected], 1).tolist()):
-        pairs.append(Pair(train[x], texts[w], texts[l], f"toy pair {i}"))
-    return pairs
+    return [Pair(train[x], texts[w], texts[l], f"toy pair {i}") for i, (x, w, l)
+            in enumerate(torch.stack([prompt, chosen, rejected], 1).tolist())]
 
 
 # ---- Tokens and batches
@@ -146,7 +143,5 @@ def batches(lengths, batch_size, seed, bucket=32):
 
 def epochs(lengths, batch_size, seed, n):
     """The batches of n epochs, one after the other, each epoch in another order."""
-    plan = []
-    for epoch in range(n):
-        plan += batches(lengths, batch_size, seed * 1000 + epoch)
-    return plan
+    return [batch for epoch in range(n)
+            for batch in batches(lengths, batch_size, seed * 1000 + epoch)]

@@ -78,11 +78,10 @@ def toy_summary(models, beta, annotator="human"):
     rows["same_beta"] = optimum(ref, beta, beta)
     # With ill-formed text as one more outcome, Eq. 4's optimum is beta log Z with one more term.
     log_z = world.log_partition(*world.with_ill_formed(ref, held_out_rewards()), beta)  # (P,)
-    grammar = world.grammar_logps(held_out)
     summary = {"beta": beta, "captured": share, "optimal_beta_same_kl": beta_same_kl,
                "objective_all_optimal": beta * log_z.mean().item(),
                "label_ceiling": toy_data.ceiling(annotator),
-               "ref_kl_from_grammar": world.kl(grammar, ref).mean().item()}
+               "ref_kl_from_grammar": world.kl(world.grammar_logps(held_out), ref).mean().item()}
     if "plain" in rows:
         summary["plain_captured"] = captured(rows["plain"], ref)[2]
     for name, row in rows.items():

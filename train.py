@@ -51,10 +51,8 @@ def train_sft(model, texts, run, *, epochs, batch_size, lr, seed, accumulate=1):
     for _, parts in run.steps("sft", model, optimizer, plan, accumulate, unit="texts"):
         for share, indices in parts:
             # log pi(y|x) of each text of the batch
-            prompts = [texts[i][0] for i in indices]
-            responses = [texts[i][1] for i in indices]
-            tokens, mask = data.pad(prompts, responses)  # (B, T), (B, T)
-            logps = sequence_logps(model, tokens, mask)  # (B,)
+            prompts, responses = zip(*(texts[i] for i in indices))
+            logps = sequence_logps(model, *data.pad(prompts, responses))  # (B,)
             # The loss is a mean over texts. A mean over tokens would give a short text's tokens
             # more weight than a long text's, and the reference would be terser than its corpus.
             loss = -logps.mean()
@@ -74,11 +72,10 @@ def reference_logps(reference, examples, batch_size, likely=None):
     """log ref(y_w|x) and log ref(y_l|x) of every example, two tensors (N,), in their order. After
     this, training needs no second model in memory. likely: a LikelyTokens, to keep there the
     tokens that the reference finds likely."""
-    device = next(reference.parameters()).device
     # like prompts together: what they begin with is computed once, and little is padding
     order = processes.mine(sorted(range(len(examples)), key=lambda i: (
         len(examples[i]), examples[i].prompt)))
-    out = torch.zeros(2, len(examples), device=device)  # (2, N)
+    out = torch.zeros(2, len(examples), device=next(reference.parameters()).device)  # (2, N)
     for i in tqdm(range(0, len(order), batch_size), desc="     ref", unit="batch",
                   dynamic_ncols=True):
         indices = order[i:i + batch_size]
@@ -109,8 +106,6 @@ def train_dpo(policy, examples, ref_logps, run, *, likely=None, stage="dpo", bet
     """
     if stray_weight and likely is None:
         raise ValueError("stray_weight needs `likely`, which train.reference_logps fills")
-    ref_chosen, ref_rejected = ref_logps  # (N,), (N,)
-    loss_function = LOSSES[loss]
     options = {"label_smoothing": label_smoothing} if loss in SMOOTHED else {}
     optimizer = adamw(policy, lr)
     plan = data.epochs([len(e) for e in examples], batch_size, seed, epochs)
@@ -127,9 +122,9 @@ def train_dpo(policy, examples, ref_logps, run, *, likely=None, stage="dpo", bet
             logits, targets, row = response_logits(policy, **batch)  # (n, V), (n,), (n,)
             logps = row_logps(logits, targets, row, 2 * len(indices))  # (2B,)
             chosen, rejected = logps.chunk(2)  # (B,), (B,)
-            ref = ref_chosen[indices], ref_rejected[indices]  # (B,), (B,)
+            ref = [side[indices] for side in ref_logps]  # (B,), (B,)
             # the loss: Eq. 7, or another one of losses.py
-            losses, chosen_rewards, rejected_rewards = loss_function(
+            losses, chosen_rewards, rejected_rewards = LOSSES[loss](
                 chosen, rejected, *ref, beta, **options)  # each (B,)
             # the remedies for what Eq. 7 does not see; the default run uses the stray mass
             total = losses.mean() - nll_weight * chosen.mean()
@@ -175,7 +170,6 @@ def main(argv=None):
         texts, examples = own_data.load(args.data, tokenizer, args.max_length, args.seed,
                                         args.skip_bad_rows)
         run.where = examples.where
-    precision = precision_of(args.dtype, device)
 
     # 1. The reference. A file that is there already was made before an interruption.
     sft_file = args.out_dir / "sft.pt"
@@ -196,7 +190,7 @@ def main(argv=None):
               f"then DPO on {len(examples):,} pairs, beta = {args.beta:g}.")
         run.begin()
         if args.sft_epochs:
-            with precision:
+            with precision_of(args.dtype, device):
                 train_sft(reference, texts, run, epochs=args.sft_epochs, lr=args.sft_lr,
                           batch_size=SFT_BATCH if toy else args.batch_size,
                           seed=args.seed, accumulate=args.accumulate)
@@ -206,7 +200,7 @@ def main(argv=None):
     # 2. What the reference thinks of the data, once and for all.
     at_once = 512 if toy else math.ceil(args.batch_size / args.accumulate)
     likely = LikelyTokens(LIKELY) if args.stray_weight else None
-    with precision:
+    with precision_of(args.dtype, device):
         ref_logps = reference_logps(reference, examples, at_once, likely)
 
     # 3. DPO. On the toy world plain DPO (Eq. 7 alone) runs beside it, for comparison: from the same

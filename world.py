@@ -161,8 +161,7 @@ def preference_prob(score_a, score_b):
 
 def rewards(prompts, texts, score=true_reward):
     """The score of every text for every prompt, (P, N) float64."""
-    rows = [[score(x, y) for y in texts] for x in prompts]
-    return torch.tensor(rows, dtype=torch.float64)  # (P, N)
+    return torch.tensor([[score(x, y) for y in texts] for x in prompts], dtype=torch.float64)
 
 
 # ---- The exact quantities
