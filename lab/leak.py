@@ -3,10 +3,11 @@
     python -m lab.leak DIR [DIR ...]     DIR: finished toy runs of train.py, one for each seed
 
 A policy leaks where it gives probability to text that is not well-formed. The runs' own plain DPO
-leaks. Here it is trained again with other labels, another optimizer, other weights on the same
-pairs, and at last with a table in the place of the transformer. A table has free logits for each
-beginning of a response, and so nothing that one beginning learns is known to another. Tables whose
-beginnings share their logits show what the sharing does. Results are kept in DIR/leak.
+leaks. Here it is trained again with other labels, another optimizer, another width, with a table in
+the place of the transformer, and at last with a transformer that shares less. A table has free
+logits for each beginning of a response, and so nothing that one beginning learns is known to
+another. Tables whose beginnings share their logits show what the sharing does. A transformer that
+shares less has weights of its own at some places. Results are kept in DIR/leak.
 """
 import argparse
 import copy
@@ -178,6 +179,80 @@ def keys(tokenizer):
             "both": lambda y: alike(half(y))}
 
 
+# ---- A transformer that shares less
+
+PARTS = {"attention": lambda gpt, x: gpt.h[0].attn(gpt.h[0].ln_1(x))[0],
+         "MLP": lambda gpt, x: gpt.h[0].mlp(gpt.h[0].ln_2(x)),
+         "head": lambda gpt, x: gpt.head(gpt.ln_f(x))}
+
+
+class Untied(nn.Module):
+    """A GPT of one layer in which some parts have weights of their own at some places.
+
+    It begins as the GPT. place(beginning), of a tuple of tokens, names a place of the response, or
+    is None. At each of the `names` the `parts`, names in PARTS, are those of a copy. All prompts
+    have prompt_length tokens. `hidden` returns logits already, and `head` changes nothing.
+    """
+
+    def __init__(self, gpt, prompt_length, place, names, parts):
+        super().__init__()
+        if len(gpt.h) != 1:
+            raise ValueError(f"the model has {len(gpt.h)} layers; this is made for one")
+        self.gpt, self.head, self.parts = copy.deepcopy(gpt), nn.Identity(), parts
+        self.copies = nn.ModuleList(copy.deepcopy(gpt) for _ in names)
+        self.prompt_length, self.place = prompt_length, place
+        self.number = {name: i for i, name in enumerate(names)}
+        self.known = {}  # the places of each row of tokens
+
+    def places(self, tokens):
+        """The number of the place where each token stands, -1 where it is none. (B,T) -> (B,T)"""
+        out, start = [], self.prompt_length
+        for row in map(tuple, tokens.tolist()):
+            if row not in self.known:
+                self.known[row] = [self.number.get(self.place(row[start:t + 1]), -1)
+                                   if t >= start - 1 else -1 for t in range(len(row))]
+            out.append(self.known[row])
+        return torch.tensor(out)
+
+    def part(self, name, x, at):
+        """A part's output for x (B,T,C), with the copies' outputs at their places."""
+        part = PARTS[name]
+        y = part(self.gpt, x)  # (B, T, C), or (B, T, V)
+        for i in at.unique().tolist() if name in self.parts else []:
+            if i >= 0:
+                here = at == i  # (B, T)
+                # attention looks at the other tokens, too
+                own = (part(self.copies[i], x)[here] if name == "attention"
+                       else part(self.copies[i], x[here]))  # (n, C), or (n, V)
+                y = y.masked_scatter(here[..., None], own)
+        return y
+
+    def hidden(self, tokens, needed=None):
+        at = self.places(tokens)  # (B, T)
+        x = self.gpt.wte(tokens) + self.gpt.wpe(torch.arange(tokens.size(1)))  # (B, T, C)
+        x = x + self.part("attention", x, at)
+        x = x + self.part("MLP", x, at)
+        return self.part("head", x, at)  # (B, T, V)
+
+
+def places(tokenizer):
+    """Functions from a beginning to the name of its place, or None, and all the names."""
+    very, no = [tokenizer.encode_ordinary(word)[0] for word in (" very", " not")]
+    adjectives = {tokenizer.encode_ordinary(word)[0] for word in world.VALENCE}
+    half = keys(tokenizer)["the two halves"]
+
+    def not_very(y):
+        return "not very" if y[-2:] == (no, very) else None
+
+    def modifiers(y):
+        """What the half begins with, connective and modifiers, as long as it has no adjective."""
+        return None if adjectives & set(half(y)) else half(y)
+
+    begins = dict.fromkeys(modifiers(y) for y in beginnings(tokenizer).names)
+    return {"not very": (not_very, ["not very"]),
+            "each modifier": (modifiers, [name for name in begins if name is not None])}
+
+
 # ---- The pieces of work
 
 def fit(name, run, folder, parameters, logps, pairs, optimizer, soft=False):
@@ -224,17 +299,14 @@ def optimizer_of(kind, parameters, lr):
 
 
 def transformer(run, folder, prompts="all", soft=False, fresh=False, optimizer="adam", lr=1.5e-3,
-                width=None, only=""):
+                width=None):
     """Plain DPO on the run's reference, or on a reference of another width.
 
-    prompts: "all" of the train prompts, or "one". fresh: no pair is seen twice. only: a part of the
-    names of the parameters that are trained."""
+    prompts: "all" of the train prompts, or "one". fresh: no pair is seen twice."""
     which = list(range(24)) if prompts == "all" else [run.seed]
     pairs = draw_pairs(STEPS * BATCH // (1 if fresh else 2), which, run.seed)
     reference = run.reference if width is None else another_reference(run, folder, width)
-    policy = copy.deepcopy(reference)
-    for name, p in policy.named_parameters():
-        p.requires_grad_(only in name)
+    policy = copy.deepcopy(reference).requires_grad_(True)
 
     def logps(prompt, response):
         return logps_of(policy, run.tokenizer, prompt, response)
@@ -267,6 +339,27 @@ def table(run, folder, shared, soft=False, lr=0.03):
     return result(run, which, ref, logps, [place, place_after])
 
 
+def untied(run, folder, where, parts, lr=1.5e-3):
+    """Plain DPO for one prompt, on a transformer that shares less. where: a name in `places`."""
+    which, tokenizer = [run.seed], run.tokenizer
+    ids = tokenizer.encode_ordinary(world.prompts()[0][run.seed])
+    policy = Untied(run.reference, len(ids), *places(tokenizer)[where], parts).requires_grad_(True)
+    pairs, b = draw_pairs(STEPS * BATCH // 2, which, run.seed), beginnings(tokenizer)
+
+    def now():
+        after = next_logps(policy, tokenizer, ids)  # (K, V)
+        logps = torch.where(b.inside, after[b.index, b.token], 0.0).sum(1)  # (N,)
+        return logps.double()[None], exits(after, tokenizer)
+
+    def logps(prompt, response):
+        return logps_of(policy, tokenizer, prompt, response)
+
+    ref, place = now()
+    fit("leak", run, folder, policy, logps, pairs, optimizer_of("adam", policy, lr))
+    after, place_after = now()
+    return result(run, which, ref, after, [place, place_after])
+
+
 def another_reference(run, folder, width):
     """A reference as train.py makes it, with another number of channels."""
     torch.manual_seed(run.seed)
@@ -287,11 +380,15 @@ def pieces():
            one("a third of the step size", transformer, lr=5e-4),
            one("one prompt", transformer, prompts="one"),
            one("one prompt, exact labels", transformer, prompts="one", soft=True, fresh=True)]
-    out += [one(f"only {part} learns", transformer, only=part) for part in ("attn", "mlp", "wte")]
     out += [one(f"{width} channels", transformer, width=width) for width in (32, 128, 256)]
     for shared in ("no logits", "the two halves", "very and not very", "both"):
         out.append(one(f"a table, {shared}", table, shared=shared))
         out.append(one(f"a table, {shared}, exact labels", table, shared=shared, soft=True))
+    for parts in (["attention"], ["MLP"], ["head"], list(PARTS)):
+        out.append(one(f"one prompt, not very has its own {', '.join(parts)}", untied,
+                       where="not very", parts=parts))
+    out.append(one("one prompt, each modifier has its own MLP, head", untied,
+                   where="each modifier", parts=["MLP", "head"]))
     return out
 
 

@@ -241,6 +241,29 @@ def test_the_table_of_what_leaks_is_that_of_the_recorded_runs():
     assert len(shown) == len(set(shown)) >= 17 and set(shown) <= rows
 
 
+def test_the_shares_of_the_leak_are_those_of_the_recorded_runs():
+    """Of the mass that one prompt's plain DPO loses, and a table of free logits does not lose: how
+    much a transformer keeps that shares less."""
+    recorded = json.loads((ROOT / "docs" / "leak.json").read_text(encoding="utf-8"))
+
+    def wellformed(name):
+        return torch.tensor(recorded[name]["wellformed"])
+
+    def prevented(name):
+        plain = wellformed("one prompt")
+        return (wellformed(name) - plain) / (wellformed("a table, no logits") - plain)
+
+    own = "one prompt, not very has its own "
+    single = torch.cat([prevented(own + part) for part in ("attention", "MLP", "head")])
+    text = flowing(REMEDIES)
+    assert f"prevents {100 * single.min():.0f} % to {100 * single.max():.0f} % of the leak" in text
+    assert prevented(own + "attention, MLP, head").mean() < prevented(own + "MLP").mean() + 0.01
+    name = "one prompt, each modifier has its own MLP, head"
+    each = prevented(name)
+    assert f"prevents {100 * each.min():.0f} % to {100 * each.max():.0f} % of the leak" in text
+    assert wellformed(name).max() - wellformed(name).min() < 0.02
+
+
 def comparison_rows():
     """The table of RLHF against DPO, from docs/paper/who-labels.csv, with the seconds alone."""
     seconds = alone()["rows"]

@@ -119,6 +119,55 @@ def test_tables_share_what_they_say():
         assert not same(name, " very superb", " not very superb")
 
 
+def test_places_of_an_untied_transformer_by_hand():
+    """What is named, of the beginnings of one text, and how many names there are: none and three
+    modifiers, in the first half, after "and", after "but", and the comma before "but"."""
+    found = leak.places(TOKENIZER)
+    text = " not very superb, but not very dark. I loved it."
+    beginnings = [text[:end] for end in (0, 4, 9, 16, 17, 21, 25, 30, 35)]
+    tokens = [tuple(TOKENIZER.encode_ordinary(beginning)) for beginning in beginnings]
+    place, names = found["not very"]
+    assert [place(y) for y in tokens] == [None, None, "not very", None, None, None, None,
+                                          "not very", None]
+    place, names = found["each modifier"]
+    words = [TOKENIZER.decode(list(place(y))) if place(y) is not None else None for y in tokens]
+    assert words == ["", " not", " not very", None, ",", ", but", ", but not", ", but not very",
+                     None]
+    assert len(names) == len(set(names)) == 3 * 4 + 1 and None not in names
+
+
+@pytest.mark.parametrize("name", leak.PARTS)
+def test_an_untied_transformer_changes_only_where_it_says(model, prompt, name):
+    """It begins as the model, to 1e-12, with copies of every part. A copy whose one part has
+    changed changes the logits behind "not very", and nowhere else; so does the gradient."""
+    place, names = leak.places(TOKENIZER)["not very"]
+    untied = leak.Untied(model, len(prompt), place, names, list(leak.PARTS))
+    tokens, _ = data.pad([prompt] * 8, leak.tokens_of(TOKENIZER)[1][::300])
+    assert_same(untied.head(untied.hidden(tokens)), model(tokens), 1e-12, what="the logits")
+    very, no = [TOKENIZER.encode_ordinary(word)[0] for word in (" very", " not")]
+    here = torch.zeros_like(tokens, dtype=torch.bool)
+    here[:, 1:] = (tokens[:, 1:] == very) & (tokens[:, :-1] == no)
+    assert here.any() and not here.all()
+    block = untied.copies[0].h[0]
+    weight = {"attention": block.attn.c_proj, "MLP": block.mlp.c_proj,
+              "head": untied.copies[0].head}[name].weight
+    with torch.no_grad():
+        weight.add_(torch.randn_like(weight))
+    changed = (untied.hidden(tokens) - model(tokens)).abs().amax(-1) > 1e-6  # (B, T)
+    assert (changed == here).all(), "the copy's place is where \"not very\" has just been written"
+    shared = leak.Untied(model, len(prompt), place, names, [n for n in leak.PARTS if n != name])
+    assert_same(shared.hidden(tokens), model(tokens), 1e-12, what="the logits of other parts")
+    untied.requires_grad_(True)
+    untied.hidden(tokens)[~here].sum().backward()
+    assert weight.grad is None or not weight.grad.any()
+
+
+def test_an_untied_transformer_has_one_layer():
+    gpt = GPT(GPTConfig(64, TOKENIZER.n_vocab, n_layer=2, n_head=2, n_embd=32))
+    with pytest.raises(ValueError, match="2 layers"):
+        leak.Untied(gpt, 5, lambda y: None, [], ["MLP"])
+
+
 def test_pairs_and_their_exact_labels():
     """Two different responses to the prompts that were named, in turn. The probability is Eq. 1 of
     the true rewards, computed here for each: 1e-6."""
