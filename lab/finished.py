@@ -36,6 +36,10 @@ class Finished:
     def ref_logps(self):
         return evaluate.exact_logps(self.reference, self.held_out)  # (P, N)
 
+    @cached_property
+    def train_ref_logps(self):
+        return evaluate.exact_logps(self.reference, self.train_prompts)  # (P, N)
+
     def measure(self, policy):
         """evaluate.measure of a GPT, exact, on the held-out prompts."""
         logps = evaluate.exact_logps(policy, self.held_out)  # (P, N)

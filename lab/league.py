@@ -45,9 +45,8 @@ def train_rewards():
 
 def on_train_prompts(run, policy):
     """J on the training prompts, by which the settings are chosen."""
-    logps, ref_logps = [evaluate.exact_logps(model, run.train_prompts)
-                        for model in (policy, run.reference)]  # (P, N), (P, N)
-    return evaluate.measure(logps, ref_logps, run.beta, train_rewards())["objective"]
+    logps = evaluate.exact_logps(policy, run.train_prompts)  # (P, N)
+    return evaluate.measure(logps, run.train_ref_logps, run.beta, train_rewards())["objective"]
 
 
 def measured(run, policy, condition):
