@@ -235,7 +235,7 @@ class Untied(nn.Module):
         return self.part("head", x, at)  # (B, T, V)
 
 
-def places(tokenizer):
+def own_places(tokenizer):
     """Functions from a beginning to the name of its place, or None, and all the names."""
     very, no = [tokenizer.encode_ordinary(word)[0] for word in (" very", " not")]
     adjectives = {tokenizer.encode_ordinary(word)[0] for word in world.VALENCE}
@@ -340,10 +340,11 @@ def table(run, folder, shared, soft=False, lr=0.03):
 
 
 def untied(run, folder, where, parts, lr=1.5e-3):
-    """Plain DPO for one prompt, on a transformer that shares less. where: a name in `places`."""
+    """Plain DPO for one prompt, on a transformer that shares less. where: a name in `own_places`."""
     which, tokenizer = [run.seed], run.tokenizer
     ids = tokenizer.encode_ordinary(world.prompts()[0][run.seed])
-    policy = Untied(run.reference, len(ids), *places(tokenizer)[where], parts).requires_grad_(True)
+    place, names = own_places(tokenizer)[where]
+    policy = Untied(run.reference, len(ids), place, names, parts).requires_grad_(True)
     pairs, b = draw_pairs(STEPS * BATCH // 2, which, run.seed), beginnings(tokenizer)
 
     def now():

@@ -122,7 +122,7 @@ def test_tables_share_what_they_say():
 def test_places_of_an_untied_transformer_by_hand():
     """What is named, of the beginnings of one text, and how many names there are: none and three
     modifiers, in the first half, after "and", after "but", and the comma before "but"."""
-    found = leak.places(TOKENIZER)
+    found = leak.own_places(TOKENIZER)
     text = " not very superb, but not very dark. I loved it."
     beginnings = [text[:end] for end in (0, 4, 9, 16, 17, 21, 25, 30, 35)]
     tokens = [tuple(TOKENIZER.encode_ordinary(beginning)) for beginning in beginnings]
@@ -140,7 +140,7 @@ def test_places_of_an_untied_transformer_by_hand():
 def test_an_untied_transformer_changes_only_where_it_says(model, prompt, name):
     """It begins as the model, to 1e-12, with copies of every part. A copy whose one part has
     changed changes the logits behind "not very", and nowhere else; so does the gradient."""
-    place, names = leak.places(TOKENIZER)["not very"]
+    place, names = leak.own_places(TOKENIZER)["not very"]
     untied = leak.Untied(model, len(prompt), place, names, list(leak.PARTS))
     tokens, _ = data.pad([prompt] * 8, leak.tokens_of(TOKENIZER)[1][::300])
     assert_same(untied.head(untied.hidden(tokens)), model(tokens), 1e-12, what="the logits")
