@@ -340,7 +340,7 @@ def table(run, folder, shared, soft=False, lr=0.03):
 
 
 def untied(run, folder, where, parts, lr=1.5e-3):
-    """Plain DPO for one prompt, on a transformer that shares less. where: a name in `own_places`."""
+    """Plain DPO for one prompt, on a transformer that shares less. where: a key of `own_places`."""
     which, tokenizer = [run.seed], run.tokenizer
     ids = tokenizer.encode_ordinary(world.prompts()[0][run.seed])
     place, names = own_places(tokenizer)[where]
@@ -355,10 +355,10 @@ def untied(run, folder, where, parts, lr=1.5e-3):
     def logps(prompt, response):
         return logps_of(policy, tokenizer, prompt, response)
 
-    ref, place = now()
+    ref, exits_before = now()
     fit("leak", run, folder, policy, logps, pairs, optimizer_of("adam", policy, lr))
-    after, place_after = now()
-    return result(run, which, ref, after, [place, place_after])
+    after, exits_after = now()
+    return result(run, which, ref, after, [exits_before, exits_after])
 
 
 def another_reference(run, folder, width):

@@ -21,7 +21,7 @@ import world
 from conftest import ROOT
 from lab import league, league_methods, league_training, more_losses, work
 from lab.finished import Finished
-from lab.league_methods import CONDITIONS, METHODS, TOLD
+from lab.league_methods import CONDITIONS, EVERYWHERE, METHODS, TOLD
 from support.checkpoints import fingerprint
 from support.files import read_json, read_jsonl, write_json
 from support.statistics import mean_and_se
@@ -615,6 +615,11 @@ def over_seeds(name, column, condition="plain"):
     return mean_and_se([row[column] for row in RECORDED["results"][condition][name]])
 
 
+def rows_with_errors(text):
+    """The lines of its tables that hold a standard error."""
+    return [line for line in text.splitlines() if line.startswith("| ") and " ± " in line]
+
+
 def test_the_table_of_the_page_is_the_recorded_league():
     """All methods, the largest J first, three seeds each. The settings are those of today."""
     rows = RECORDED["results"]["plain"]
@@ -628,10 +633,24 @@ def test_the_table_of_the_page_is_the_recorded_league():
             mean, error = [scale * value for value in over_seeds(name, column)]
             cells.append(f"{mean:.{digits}f} ± {error:.{digits}f}")
         wanted.append(f"| {' | '.join(cells)} |")
-    shown = [line for line in PAGE.splitlines() if line.startswith("| ") and " ± " in line]
-    assert shown == wanted
+    assert rows_with_errors(PAGE.split("## Other conditions")[0]) == wanted
     for name, method in METHODS.items():
         assert [settings for settings, _ in RECORDED["tuned"][name]] == method.grid, name
+
+
+def test_the_table_of_conditions_is_the_recorded_league():
+    """J/J* of half of the methods in each condition, in the order of the plain one, three seeds."""
+    assert list(RECORDED["results"]) == list(CONDITIONS), "some condition is not recorded"
+    for condition in list(CONDITIONS)[1:]:
+        assert RECORDED["results"][condition].keys() == set(EVERYWHERE)
+    wanted = []
+    for name in sorted(EVERYWHERE, key=lambda name: -over_seeds(name, "of_optimum")[0]):
+        cells = [METHODS[name].title]
+        for condition in CONDITIONS:
+            mean, error = over_seeds(name, "of_optimum", condition)
+            cells.append(f"{100 * mean:.1f} ± {100 * error:.1f}")
+        wanted.append(f"| {' | '.join(cells)} |")
+    assert rows_with_errors(PAGE.split("## Other conditions")[1]) == wanted
 
 
 def test_what_the_page_says_in_words_holds():
