@@ -682,3 +682,35 @@ def test_what_the_page_says_in_words_holds():
     assert mass["chi_po"] == min(mass.values()) < 10 and j["chi_po"] > j["dpo"] - 1
     assert kl["simpo"] > 1.4 and sorted(kl, key=kl.get)[-2:] == ["simpo", "aot"]
     assert 45 < j["aot"] < 55, "half of J"
+
+
+def test_what_the_page_says_of_the_other_conditions_holds():
+    """Its sentences about them, on the recorded means."""
+    j = {condition: {name: 100 * over_seeds(name, "of_optimum", condition)[0]
+                     for name in EVERYWHERE} for condition in CONDITIONS}
+    lost = {condition: {name: j["plain"][name] - j[condition][name] for name in EVERYWHERE}
+            for condition in CONDITIONS}
+
+    def first(condition):
+        return max(j[condition], key=j[condition].get)
+
+    for condition, robust, dpo in (("flip-10", 1, 13), ("flip-20", 5, 35)):
+        assert first(condition) == "robust"
+        assert lost[condition]["robust"] == pytest.approx(robust, abs=0.5)
+        assert lost[condition]["dpo"] == pytest.approx(dpo, abs=0.5)
+        assert all(lost[condition][name] < lost[condition]["dpo"] - 5
+                   for name in ("sppo_hard", "pro", "hinge", "ipo"))
+        assert j[condition]["cdpo"] < j[condition]["dpo"] - 1
+        for name in EVERYWHERE:
+            share = 100 * over_seeds(name, "captured", condition)[0]
+            assert (share > 91) == (name not in ("kto", "simpo")), (condition, name)
+    assert first("few") == "chi_po" and over_seeds("chi_po", "wellformed", "few")[0] < 0.5
+    assert j["few"]["stray"] - j["few"]["dpo"] == pytest.approx(6, abs=0.5)
+    assert all(over_seeds(name, "captured", "few")[0] < 0.9 for name in EVERYWHERE)
+    assert j["few"]["ppo"] == pytest.approx(39, abs=0.5) and j["few"]["online"] < 0
+    assert over_seeds("dpo", "kl", "deterministic")[0] == pytest.approx(3.3, abs=0.05)
+    assert 100 * over_seeds("dpo", "captured", "deterministic")[0] == pytest.approx(98, abs=0.5)
+    order = sorted(EVERYWHERE, key=lambda name: -j["deterministic"][name])
+    assert order[:4] == ["ipo", "pro", "sppo_hard", "kto"] and order[-1] == "online"
+    assert first("length") == "r_dpo" and lost["length"]["r_dpo"] == pytest.approx(2, abs=0.5)
+    assert all(7.5 < lost["length"][name] < 13 for name in EVERYWHERE if name != "r_dpo")
