@@ -89,8 +89,7 @@ def tokenize(pairs, tokenizer, max_length=None):
     Long pairs are handed back. Cutting them would cut off EOS and teach the model never to stop.
     """
     encode = tokenizer.encode_ordinary  # it reads "<|endoftext|>" in a text as text
-    eos = [tokenizer.eot_token]
-    examples, too_long = [], []
+    eos, examples, too_long = [tokenizer.eot_token], [], []
     for p in pairs:
         example = Example(encode(p.prompt), encode(p.chosen) + eos, encode(p.rejected) + eos)
         if max_length is not None and len(example) > max_length:

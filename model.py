@@ -255,5 +255,6 @@ def sequence_logps(policy, tokens, response_mask):
     """`dpo.response_logps(policy(tokens), tokens, response_mask)` at a lower price. (B,)
 
     For GPT-2 the logits are by far the largest tensor of a step, and most of them belong to the
-    prompt and to padding. So the head runs only where a response token follows."""
+    prompt and to padding. So the head runs only where a response token follows: policy.hidden gives
+    states (B,T,C), policy.head maps them to logits. The result is float32 at least."""
     return row_logps(*response_logits(policy, tokens, response_mask), len(tokens))

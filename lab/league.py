@@ -27,7 +27,7 @@ import world
 from lab import work
 from lab.finished import Finished
 from lab.league_methods import CONDITIONS, EVERYWHERE, KINDS, METHODS, SAMPLES, TOLD
-from lab.league_training import fit, labelled
+from lab.league_training import fit, labelled, looked_up
 from lab.seeds import ROOT
 from rlhf import RewardModel, Settings, by_model, learn, train_reward_model
 from support import checkpoints, command, figures
@@ -80,7 +80,10 @@ def train_one(run, folder, method, condition, **settings):
     """A piece of work: one method, with one setting, on one run."""
     loss, stopped = METHODS[method].loss, None
     labelled(run, condition)  # before the clock starts: all methods share it
-    start, before = time.process_time(), 0.0
+    before = 0.0  # the seconds of what was done once for several methods
+    if loss is not None and not settings.get("rounds"):
+        before = looked_up(run, condition, settings.get("stray_weight", 0) > 0)[2]
+    start = time.process_time()
     if loss is None:
         policy, name = run.new_policy(), f"league/{condition}/reward"
         model = RewardModel(run.reference)

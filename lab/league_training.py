@@ -2,6 +2,7 @@
 import copy
 import difflib
 import math
+import time
 from dataclasses import replace
 from functools import lru_cache
 
@@ -48,6 +49,16 @@ def labelled(run, condition):
     pairs = [replace(p, chosen=p.rejected, rejected=p.chosen) if swap else p
              for p, swap in zip(pairs, swapped)]
     return data.tokenize(pairs, run.tokenizer)[0]
+
+
+@lru_cache(maxsize=6)
+def looked_up(run, condition, with_likely):
+    """What the reference thinks of a condition's pairs, which all methods share: log ref of both
+    responses, (N,), (N,); the LikelyTokens, or None unless asked for; and the seconds it took."""
+    examples, likely = labelled(run, condition), LikelyTokens(LIKELY) if with_likely else None
+    start = time.process_time()
+    logps = train.reference_logps(run.reference, examples, 512, likely)
+    return logps, likely, time.process_time() - start
 
 
 def new_pairs(run, policy, first, count, condition):
@@ -154,8 +165,9 @@ def fit(run, folder, loss, condition, *, lr, stray_weight=0.0, norm_weight=0.0, 
     moving = {round(len(plan) * k / (moves + 1)) for k in range(1, moves + 1)}
     needs = {name for name, default in further_arguments(loss).items() if default is None}
     optimizer, record = train.adamw(policy, lr), Run(folder)
-    likely = LikelyTokens(LIKELY) if stray_weight else None
-    looked_up, seen = None, []  # log ref of all pairs; BCO's mean reward of each batch
+    ref_logps, seen = None, []  # of all pairs, (N,), (N,); BCO's mean reward of each batch
+    if not rounds:
+        ref_logps, likely, _ = looked_up(run, condition, stray_weight > 0)
     # What an interrupted training has saved lacks the moved reference and the new pairs. A training
     # takes half a minute, so it begins anew.
     record.state.unlink(missing_ok=True)
@@ -163,19 +175,20 @@ def fit(run, folder, loss, condition, *, lr, stray_weight=0.0, norm_weight=0.0, 
     for step, [(_, indices)] in record.steps("league", policy, optimizer, plan):
         if rounds and step % each == 0:
             examples = new_pairs(run, policy, step // each * count, count, condition)
-            looked_up = None
+            ref_logps = None
         if step in moving:
             reference = copy.deepcopy(reference)  # the run's own stays where it is
             move(reference, policy, mix)
-            looked_up = None
-        if looked_up is None:
-            looked_up = train.reference_logps(reference, examples, 512, likely)  # (N,), (N,)
+            ref_logps = None
+        if ref_logps is None:
+            likely = LikelyTokens(LIKELY) if stray_weight else None
+            ref_logps = train.reference_logps(reference, examples, 512, likely)  # (N,), (N,)
         pairs = [examples[i] for i in indices]
         batch = data.collate(pairs)
         if bmc is None:
             logits, targets, row = response_logits(policy, **batch)  # (n, V), (n,), (n,)
             logps = row_logps(logits, targets, row, 2 * len(pairs))  # (2B,)
-            ref = looked_up[0][indices], looked_up[1][indices]  # (B,), (B,)
+            ref = [side[indices] for side in ref_logps]  # (B,), (B,)
         else:
             logps = weighted_logps(policy, pairs, batch, bmc)  # (2B,)
             with torch.no_grad():

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -114,6 +115,10 @@ def kills(number, seed=0):
                 write = choose.randrange(left)
                 left = writes - write  # the second time, less is ahead
                 killed.append(kill(run, write, choose.uniform(0, 0.3)))
+            while (run / "summary.json").exists():  # it had ended before it was killed: sooner
+                shutil.rmtree(run)
+                write //= 2
+                killed = [kill(run, write, 0)]
             code, _, err = finish(run, "--resume")
             assert code == 0, err
             yield "; then ".join(killed), result(run) == want

@@ -126,6 +126,7 @@ def test_few_labels_get_as_many_steps(run, tmp_path, monkeypatch):
     loss, settings = some_method("dpo")
     league_training.fit(run, tmp_path, loss, "few", **settings)
     league_training.labelled.cache_clear()
+    league_training.looked_up.cache_clear()
     assert read_jsonl(tmp_path / "metrics.jsonl")[-1]["step"] == 7
     plan = league_training.plan_of(40, 8, 32, 0)
     assert sorted(len(batch) for batch in plan) == [8] * 4 + [32] * 4
@@ -389,8 +390,11 @@ def test_a_moving_reference_moves_and_the_runs_own_stays(run, tmp_path, monkeypa
                         policies.append(fingerprint(policy)) or move(reference, policy, mix))
     loss, settings = some_method("dpo")
     own = fingerprint(run.reference)
+    league_training.looked_up.cache_clear()
     league_training.fit(run, tmp_path, loss, "plain", moves=1, **settings)
     assert used == [own, policies[0]] and policies[0] != own
+    league_training.fit(run, tmp_path, loss, "plain", **settings)
+    assert len(used) == 2, "what the run's own reference thinks of the pairs is computed once"
     assert fingerprint(run.reference) == own
 
 
