@@ -218,13 +218,14 @@ class Untied(nn.Module):
         """A part's output for x (B,T,C), with the copies' outputs at their places."""
         part = PARTS[name]
         y = part(self.gpt, x)  # (B, T, C), or (B, T, V)
-        for i in at.unique().tolist() if name in self.parts else []:
-            if i >= 0:
-                here = at == i  # (B, T)
-                # attention looks at the other tokens, too
-                own = (part(self.copies[i], x)[here] if name == "attention"
-                       else part(self.copies[i], x[here]))  # (n, C), or (n, V)
-                y = y.masked_scatter(here[..., None], own)
+        if name not in self.parts:
+            return y
+        for i in at[at >= 0].unique().tolist():
+            here = at == i  # (B, T)
+            # attention looks at the other tokens, too
+            own = (part(self.copies[i], x)[here] if name == "attention"
+                   else part(self.copies[i], x[here]))  # (n, C), or (n, V)
+            y = y.masked_scatter(here[..., None], own)
         return y
 
     def hidden(self, tokens, needed=None):
